@@ -1,0 +1,62 @@
+"""How a program of this project ends: one line on stderr and an exit code that scripts can rely on.
+
+| code | meaning |
+| --- | --- |
+| 0 | done |
+| 2 | the input or the configuration is wrong (`InputError`); the line names the file, key or sample |
+| 3 | training failed (`TrainingFailed`): a loss that is not finite, a lost rank |
+| 143 | stopped by SIGTERM or SIGUSR1, with a checkpoint written (`Preempted`) |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: what is wrong, where, and what would be right."""
+
+    exit_code = 2
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on. The message is one line that says why and what was written."""
+
+    exit_code = 3
+
+
+class Preempted(Exception):
+    """The job was told to stop and has written a checkpoint. The message is one line that names it."""
+
+    exit_code = 143
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: the nearest known one, or all of them where none is near."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run `main` and leave the process with its exit code; expected errors print one line, no traceback.
+
+    With several ranks only the first prints, unless the error is one rank's own (`InputError.rank_local`): all
+    ranks check the same configuration and would say the same line.
+    """
+    try:
+        main()
+    except (InputError, TrainingFailed, Preempted) as error:
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "rank_local", False):
+            line = " ".join(str(error).split())
+            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours; stop Python from saying so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
