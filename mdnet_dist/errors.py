@@ -20,6 +20,8 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what is wrong, where, and what would be right."""
 
     exit_code = 2
+    rank_local = False
+    """Only the rank that raised it knows of it, so that rank prints it."""
 
 
 class TrainingFailed(Exception):
@@ -50,7 +52,7 @@ def run_program(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, TrainingFailed, Preempted) as error:
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "rank_local", False):
+        if os.environ.get("RANK", "0") == "0" or (isinstance(error, InputError) and error.rank_local):
             line = " ".join(str(error).split())
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -1,0 +1,77 @@
+"""Import a set in the layout that R2Gen and its successors use for IU X-Ray and MIMIC-CXR.
+
+    FOLDER/annotation.json   {"train": [{"id", "image_path": [paths], "report", "split"}, ...], "val": ..., "test": ...}
+    FOLDER/images/           the image paths are relative to it, or to FOLDER where there is no such folder
+
+The report is one topic, "findings"; there are no labels. The patient is `subject_id` where the item has one, the part
+`CXRn` of an IU X-Ray id, or else the id itself; `--patient-regex` says how to read other ids.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_shards.import_bcidr import make_patient_reader, read_json_object
+from data_shards.importing import Entry, Source, clean_text
+from mdnet_dist.errors import InputError, nearest
+
+TOPIC = "findings"
+PATIENT = r"(CXR\d+)_"
+SPLITS = ("train", "val", "test")
+
+
+def read_r2gen(path: Path, patient_regex: str | None = None, views: str = "first") -> Source:
+    """Read an annotation file, or the `annotation.json` of a folder.
+
+    Args:
+        path: file or folder.
+        patient_regex: from an id to its patient; wins over `subject_id`.
+        views: "first": one sample an item, with its first image; "each": one sample an image.
+
+    Raises:
+        InputError: no such file, or one that is not as above.
+    """
+    if path.is_dir():
+        path = path / "annotation.json"
+    patient_of = make_patient_reader(patient_regex or PATIENT)
+    folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+    content = read_json_object(path)
+    for split in content:
+        if split not in SPLITS:
+            raise InputError(f"{path}: part '{split:.40}'; {nearest(split, SPLITS)}")
+    entries: list[Entry] = []
+    for split, items in content.items():
+        if not isinstance(items, list):
+            raise InputError(f"{path}: '{split}' must be a list")
+        for number, item in enumerate(items, start=1):
+            where = f"{path}: {split} item {number}"
+            if not isinstance(item, dict):
+                raise InputError(f"{where}: must be an object with id, image_path and report")
+            identity = item.get("id")
+            if isinstance(identity, int) and not isinstance(identity, bool):
+                identity = str(identity)
+            identity = clean_text(identity, "'id'", where)
+            where = f"{where} ({identity})"
+            if item.get("split", split) != split:
+                raise InputError(f"{where}: is listed in '{split}' but says split {json.dumps(item['split']):.40}")
+            paths = item.get("image_path")
+            if not isinstance(paths, list) or not paths or not all(isinstance(image, str) and image for image in paths):
+                raise InputError(f"{where}: 'image_path' must be a list of at least one path")
+            subject = item.get("subject_id")
+            patient = patient_of(identity) if subject is None or patient_regex else str(subject)
+            report = clean_text(item.get("report"), "'report'", where)
+            entries.extend(
+                Entry(
+                    image=image,
+                    patient=clean_text(patient, "the patient", where),
+                    split=split,
+                    label=None,
+                    reports=[{TOPIC: report}],
+                    where=where,
+                )
+                for image in (paths if views == "each" else paths[:1])
+            )
+    if not entries:
+        raise InputError(f"{path}: no samples")
+    return Source(name=path.resolve().parent.name, root=folder, entries=entries, topics=[TOPIC])

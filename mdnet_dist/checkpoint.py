@@ -1,0 +1,133 @@
+"""Checkpoints that appear whole or not at all, and that any number of ranks at any ZeRO stage can continue from.
+
+    RUN/checkpoints/step-00000120/state.safetensors   weights and buffers by name, optimiser tensors as KEY/NAME
+    RUN/checkpoints/step-00000120/state.json          `Progress`
+
+Both files are written into a folder under another name, synchronised to disk, and the folder is renamed. Nothing in a
+checkpoint is pickled: reading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mdnet_dist.errors import InputError
+
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{8,})")
+_OPTIMIZER_KEY = "optimizer:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where training stands, besides the tensors."""
+
+    step: int  # updates tried so far; the next batch to read is this one of the plan
+    updates: int  # updates done: steps without those skipped for a loss that is not finite
+    bad_steps: int  # skipped in a row just before
+    eta_norms: list[float]  # running norms of `eta: balanced`
+    score: float | None  # the validation score at this step, where it was evaluated here
+    best_score: float | None  # the best so far
+
+
+def save_checkpoint(
+    run_folder: Path, progress: Progress, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+) -> Path:
+    """Write a checkpoint, whole or not at all; the first rank does it.
+
+    Returns:
+        its folder.
+    """
+    folder = run_folder / FOLDER / f"step-{progress.step:08d}"
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        for path in (aside / "state.safetensors", aside / "state.json", aside):
+            _synchronise(path)
+        if folder.exists():  # the same step again, after a resume: the same content
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        _synchronise(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    folder = run_folder / FOLDER
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read `state.json`.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    path = checkpoint / "state.json"
+    try:
+        return Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint: where training stood, weights, optimiser tensors.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    progress = read_progress(checkpoint)
+    path = checkpoint / "state.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
+    optimizer_state = {
+        key.removeprefix(_OPTIMIZER_KEY): tensors.pop(key) for key in list(tensors) if key.startswith(_OPTIMIZER_KEY)
+    }
+    return progress, tensors, optimizer_state
+
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint with the best validation score, of equal ones the oldest; the last where none was scored."""
+    found = checkpoints(run_folder)
+    scored = [(progress.score, path) for path in found if (progress := read_progress(path)).score is not None]
+    if scored:
+        return max(scored, key=lambda pair: pair[0])[1]
+    return found[-1] if found else None
+
+
+def prune_checkpoints(run_folder: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all checkpoints but the newest and the best few."""
+    found = checkpoints(run_folder)
+    scores = {path: read_progress(path).score for path in found}
+    scored = sorted((path for path in found if scores[path] is not None), key=lambda path: -(scores[path] or 0.0))
+    kept = {*found[-keep_last:], *scored[:keep_best]}
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)

@@ -1,0 +1,397 @@
+"""From shards to batches: the only file that knows WebDataset.
+
+Reading is a chain of small generators: the planned order of sample numbers -> encoded samples, each shard read from
+front to back -> decoded and augmented examples -> micro-batches. What to read when is decided in `mdnet_dist.plan`;
+nothing here is random but the augmentation and the choice of reports, which follow from (seed, epoch, sample) alone.
+
+Shapes: B images, R reports, K topics, T tokens, S px the side of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from mdnet_dist.augment import augment
+from mdnet_dist.config import AugmentConfig, DataConfig
+from mdnet_dist.errors import InputError
+from mdnet_dist.images import decode_image
+from mdnet_dist.model.mdnet import NO_LABEL
+from mdnet_dist.plan import epoch_order, evaluation_share, micro_batches, steps_per_epoch
+from mdnet_dist.shards import SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
+from mdnet_dist.signals import ignore_in_worker
+from mdnet_dist.vocabulary import PAD, Vocabulary, tokenize
+
+MEMBERS = {"jpg", "png", "json", "mask.png"}
+"""The members of a sample that are read; nothing is ever unpickled or executed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSample:
+    """A sample as it lies in its shard."""
+
+    number: int  # through all shards read, in the manifest's order
+    key: str
+    image: bytes
+    record: SampleRecord
+    mask: bytes | None
+    where: str  # shard and key, for messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch. Tensors are on the CPU until `to` moves them."""
+
+    keys: list[str]
+    records: list[SampleRecord]
+    images: Tensor  # (B, 3, S, S) uint8, channels last in memory
+    labels: Tensor  # (B) class numbers, NO_LABEL where there is none
+    tokens: Tensor  # (B, R, K, T) words, END behind the last, PAD after it
+    lengths: Tensor  # (B, R, K) real tokens, END included; stays on the CPU
+    masks: list[bytes | None]  # PNG files, as stored
+
+    def to(self, device: torch.device) -> Batch:
+        """Start copying to a device; `lengths` stays where it is needed."""
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "labels", "tokens")}
+        return replace(self, **move)
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that copies to a GPU need not wait."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", "labels", "tokens")})
+
+
+# ------------------------------------------------------------------------------------------------- encoded samples
+
+
+def check_shards(folder: Path, shards: Sequence[ShardInfo], *, ranks: int = 1, rank: int = 0) -> None:
+    """Compare this rank's share of the shards with the manifest: each there, of the right size and checksum.
+
+    Raises:
+        InputError: naming the first shard that differs.
+    """
+    for shard in shards[rank::ranks]:
+        path = folder / shard.file
+        if not path.is_file():
+            raise InputError(f"{path}: the manifest lists this shard, but it is not there")
+        if path.stat().st_size != shard.bytes:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, but the manifest says {shard.bytes}; copy it again")
+        if sha256_of(path) != shard.sha256:
+            raise InputError(f"{path}: its checksum differs from the manifest's; copy it again")
+
+
+def read_shard(folder: Path, shard: ShardInfo, first_number: int = 0) -> Iterator[RawSample]:
+    """All samples of a shard, front to back.
+
+    Args:
+        first_number: of the shard's first sample.
+
+    Raises:
+        InputError: a tar that is cut off or damaged, a sample without image or record, too few or too many samples.
+    """
+    path = folder / shard.file
+    found = 0
+    try:
+        with open(path, "rb") as stream:
+            members = tar_file_expander([{"url": str(path), "stream": stream}], select_files=_is_read)
+            for found, members_of_sample in enumerate(group_by_keys(members), start=1):
+                yield _raw_sample(members_of_sample, str(path), first_number + found - 1)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error} after sample {found}; copy the shard again") from error
+    except ValueError as error:  # a member twice in a sample
+        raise InputError(f"{path}: damaged after sample {found} ({error.args[0]}); build it again") from error
+    except Exception as error:
+        if type(error).__module__ != "tarfile":
+            raise
+        raise InputError(f"{path}: damaged after sample {found} ({error.args[0]}); copy the shard again") from error
+    if found != shard.samples:
+        raise InputError(f"{path}: {found} samples, but the manifest says {shard.samples}; copy the shard again")
+
+
+def _is_read(name: str) -> bool:
+    return name.partition(".")[2].lower() in MEMBERS
+
+
+def _raw_sample(members: dict, path: str, number: int) -> RawSample:
+    key = members["__key__"]
+    where = f"{path}, sample '{key}'"
+    image = members.get("jpg", members.get("png"))
+    if image is None or "json" not in members:
+        missing = "an image" if image is None else "its .json"
+        raise InputError(f"{where}: {missing} is missing; a sample is KEY.jpg or KEY.png with KEY.json")
+    record = parse_record(members["json"], where)
+    return RawSample(number=number, key=key, image=image, record=record, mask=members.get("mask.png"), where=where)
+
+
+def read_in_order(folder: Path, shards: Sequence[ShardInfo], numbers: np.ndarray) -> Iterator[RawSample]:
+    """The samples with these numbers, in this order, while each shard is read once, from front to back.
+
+    Samples that a shard yields before their turn wait, still encoded; how many is bounded by the plan's window.
+
+    Args:
+        numbers: distinct sample numbers, counted through all shards in order.
+    """
+    counts = np.array([shard.samples for shard in shards])
+    first = np.cumsum(counts) - counts
+    shard_of = np.searchsorted(first, numbers, side="right") - 1
+    remaining = np.bincount(shard_of, minlength=len(shards))
+    wanted = set(numbers.tolist())
+    waiting: dict[int, RawSample] = {}
+    streams: dict[int, Iterator[RawSample]] = {}
+    for number, shard in zip(numbers.tolist(), shard_of.tolist()):
+        if shard not in streams:
+            streams[shard] = read_shard(folder, shards[shard], int(first[shard]))
+        while number not in waiting:
+            sample = next(streams[shard])
+            if sample.number in wanted:
+                waiting[sample.number] = sample
+        yield waiting.pop(number)
+        remaining[shard] -= 1
+        if not remaining[shard]:
+            # Read what is left too: a shard that is cut off must not pass for a whole one.
+            for _ in streams.pop(shard):
+                pass
+
+
+# ------------------------------------------------------------------------------------------------ decoded examples
+
+
+class Encoder:
+    """Turns encoded samples into arrays, as a run's configuration and vocabulary say."""
+
+    def __init__(
+        self, config: DataConfig, topics: Sequence[str], classes: Sequence[str], vocabulary: Vocabulary
+    ) -> None:
+        self.config = config
+        self.topics = list(topics)
+        self.class_numbers = {name: number for number, name in enumerate(classes)}
+        self.vocabulary = vocabulary
+
+    def image(self, raw: bytes, where: str) -> np.ndarray:
+        """Decode and fit to the square that the network sees: (S, S, 3) uint8."""
+        return fit_to_square(decode_image(raw, where), self.config.image_size, self.config.fit)
+
+    def sentence(self, text: str) -> list[int]:
+        """Numbers of a sentence's tokens, END behind them; cut to the configured length."""
+        return self.vocabulary.encode(tokenize(text))[: self.config.max_tokens]
+
+    def label(self, record: SampleRecord, where: str) -> int:
+        """The class number of a sample.
+
+        Raises:
+            InputError: a class that the manifest does not name.
+        """
+        if record.label is None:
+            return NO_LABEL
+        if record.label not in self.class_numbers:
+            raise InputError(f"{where}: label '{record.label}' is not a class of the manifest")
+        return self.class_numbers[record.label]
+
+    def collate(self, samples: Sequence[RawSample], images: Sequence[np.ndarray], reports: Sequence[list]) -> Batch:
+        """Put examples together. Args: reports: of each image, the chosen {topic: sentence}."""
+        encoded = [[[self.sentence(r[k]) if k in r else [] for k in self.topics] for r in chosen] for chosen in reports]
+        B, R, K = len(samples), max(1, max(map(len, encoded))), len(self.topics)
+        T = max([1, *(len(sentence) for chosen in encoded for report in chosen for sentence in report)])
+        tokens = np.full((B, R, K, T), PAD, dtype=np.int64)
+        lengths = np.zeros((B, R, K), dtype=np.int64)
+        for b, chosen in enumerate(encoded):
+            for r, report in enumerate(chosen):
+                for k, sentence in enumerate(report):
+                    tokens[b, r, k, : len(sentence)] = sentence
+                    lengths[b, r, k] = len(sentence)
+        return Batch(
+            keys=[sample.key for sample in samples],
+            records=[sample.record for sample in samples],
+            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+            labels=torch.tensor([self.label(sample.record, sample.where) for sample in samples]),
+            tokens=torch.from_numpy(tokens),
+            lengths=torch.from_numpy(lengths),
+            masks=[sample.mask for sample in samples],
+        )
+
+
+def fit_to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """Make an RGB image a square of `size` px, (size, size, 3) uint8, by `DataConfig.fit`."""
+    width, height = image.size
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if fit != "pad" or width == height:
+        return np.asarray(
+            image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+        )
+    scale = size / max(width, height)
+    inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR)
+    pixels = np.asarray(inner)
+    square = np.empty((size, size, 3), dtype=np.uint8)
+    square[:] = pixels.mean((0, 1)).astype(np.uint8)
+    top, left = (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2
+    square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return square
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+class TrainingStream(IterableDataset):
+    """This rank's micro-batches from step `first_step` to the end of training, epoch after epoch.
+
+    Worker w of W yields the micro-batches w, w + W, ...; the DataLoader asks its workers in turn, so the order is the
+    same for any W.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        augmentation: AugmentConfig,
+        manifest: ShardManifest,
+        parts: Sequence[str],
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        first_step: int,
+        steps: int,
+        ranks: int,
+        rank: int,
+    ) -> None:
+        """Args: first_step, steps: of the whole training; its epochs follow from them."""
+        super().__init__()
+        self.encoder, self.augmentation = encoder, augmentation
+        self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
+        self.global_batch, self.seed = global_batch, seed
+        self.pieces = micro_batches(global_batch, micro_batch, ranks, rank)
+        self.first_step, self.steps = first_step, steps
+        self.samples = sum(shard.samples for shard in self.shards)
+        self.steps_per_epoch = steps_per_epoch(self.samples, global_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        step, micro_batch_number = self.first_step, 0
+        while step < self.steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            order = epoch_order(
+                [shard.samples for shard in self.shards],
+                seed=self.seed,
+                epoch=epoch,
+                global_batch=self.global_batch,
+                window=self.encoder.config.shuffle_window,
+            )[position : position + self.steps - step]
+            mine = []
+            for numbers in order:
+                for piece in self.pieces:
+                    if micro_batch_number % workers == worker:
+                        mine.append(numbers[piece])
+                    micro_batch_number += 1
+            yield from self._batches(mine, epoch)
+            step += len(order)
+
+    def _batches(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        if not batches:
+            return
+        samples = read_in_order(self.folder, self.shards, np.concatenate(batches))
+        for numbers in batches:
+            yield self._batch([next(samples) for _ in numbers], epoch)
+        for _ in samples:  # lets the reader check the ends of its shards
+            pass
+
+    def _batch(self, samples: list[RawSample], epoch: int) -> Batch:
+        images, reports = [], []
+        for sample in samples:
+            rng = np.random.default_rng([self.seed, epoch, sample.number])
+            images.append(augment(self.encoder.image(sample.image, sample.where), self.augmentation, rng))
+            chosen = rng.permutation(len(sample.record.reports))[: self.encoder.config.reports_per_image]
+            reports.append([sample.record.reports[i] for i in chosen])
+        return self.encoder.collate(samples, images, reports)
+
+
+class EvaluationStream(IterableDataset):
+    """This rank's share of the samples of some parts, each once, without augmentation and with all reports."""
+
+    def __init__(
+        self, encoder: Encoder, manifest: ShardManifest, parts: Sequence[str], *, batch: int, ranks: int, rank: int
+    ) -> None:
+        super().__init__()
+        self.encoder, self.batch = encoder, batch
+        self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
+        self.numbers = np.array(evaluation_share(sum(shard.samples for shard in self.shards), ranks, rank), dtype=int)
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        batches = [self.numbers[i : i + self.batch] for i in range(0, len(self.numbers), self.batch)][worker::workers]
+        if not batches:
+            return
+        samples = read_in_order(self.folder, self.shards, np.concatenate(batches))
+        for numbers in batches:
+            chosen = [next(samples) for _ in numbers]
+            images = [self.encoder.image(sample.image, sample.where) for sample in chosen]
+            yield self.encoder.collate(chosen, images, [sample.record.reports for sample in chosen])
+
+
+class Loader:
+    """Reads a stream of batches ahead of time in processes of its own, and raises their errors here as they were."""
+
+    def __init__(self, stream: TrainingStream | EvaluationStream, workers: int, pin_memory: bool = False) -> None:
+        self._loader = DataLoader(
+            _ErrorsAsItems(stream),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_in_worker if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            if isinstance(item, InputError):
+                raise item
+            yield item
+
+
+class _ErrorsAsItems(IterableDataset):
+    """A DataLoader re-raises a worker's error with its traceback as the message; as an item it arrives unchanged."""
+
+    def __init__(self, stream: TrainingStream | EvaluationStream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | InputError]:
+        try:
+            yield from self.stream
+        except InputError as error:
+            error.rank_local = True
+            yield error
+
+
+def parts_of(manifest: ShardManifest, fold: int | None) -> tuple[list[str], list[str], list[str]]:
+    """The parts to train on, validate on and test on.
+
+    Raises:
+        InputError: folds asked of a set without, or not given for a set with them; nothing to train on.
+    """
+    folds = manifest.folds
+    if fold is not None:
+        if not folds:
+            raise InputError(f"data.fold {fold}: the shard set has no folds but {', '.join(manifest.parts)}; set null")
+        if fold >= folds or folds < 3:
+            raise InputError(f"data.fold {fold}: the shard set has {folds} folds; give 0 to {folds - 1}, of 3 or more")
+        validation, test = f"fold{(fold + 1) % folds}", f"fold{fold}"
+        return [part for part in manifest.parts if part not in (validation, test)], [validation], [test]
+    if folds:
+        raise InputError(f"data.fold: the shard set is dealt into {folds} folds; say which one is for testing")
+    if "train" not in manifest.parts:
+        raise InputError(f"data.shards: the set has no part 'train', only {', '.join(manifest.parts)}")
+    return (
+        ["train"],
+        [part for part in ("val",) if part in manifest.parts],
+        [part for part in ("test",) if part in manifest.parts],
+    )

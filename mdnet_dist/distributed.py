@@ -1,0 +1,106 @@
+"""Ranks: who am I, how many are we, and the few collective operations that training needs.
+
+With one process everything here works without other processes. What sums, gathers, broadcasts or waits is collective:
+every rank must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process, 0 being the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this rank prints and writes."""
+    return rank() == 0
+
+
+def prepare_environment() -> None:
+    """Describe a job of one process in the environment, where no launcher has described a larger one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its own GPU where there are GPUs, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: T | None) -> T:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=_object_device())
+    return box[0]  # type: ignore[return-value]
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Call a function on the first rank; its value, or the exception it raised, reaches every rank."""
+    outcome: tuple[T | None, Exception | None] | None = None
+    if is_first():
+        try:
+            outcome = function(), None
+        except Exception as error:
+            outcome = None, error
+    value, failure = from_first(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def _object_device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None

@@ -1,0 +1,273 @@
+"""DeepSpeed around the network: the only file that knows DeepSpeed.
+
+The engine is given losses that are already scaled (`Engine.backward`), never asked for its own schedule, checkpoint or
+monitor, and hands out its state under parameter names, whole and in fp32, whatever the ZeRO stage and the number of
+ranks. So a checkpoint written under one of them continues under another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnet_dist.config import RunConfig
+from mdnet_dist.distributed import is_first, local_device, prepare_environment, sum_over_ranks, world_size
+from mdnet_dist.model.mdnet import Losses, MDNet
+from mdnet_dist.optimizer import STATE_KEYS, PartOptimizer
+from mdnet_dist.plan import accumulation_steps
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without its remarks on finding no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def start_processes() -> torch.device:
+    """Join the other ranks of this job (or be its only one) and return this rank's device."""
+    prepare_environment()
+    device = local_device()
+    deepspeed = _import_deepspeed()
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run on so many ranks; `config.deepspeed` is merged over it."""
+    train = config.train
+    pieces = accumulation_steps(train.global_batch, train.micro_batch, ranks)
+    micro_batch = -(-train.global_batch // (ranks * pieces))
+    generated: dict[str, Any] = {
+        # Nominal: the three must agree. Where the batch does not divide evenly the ranks' shares differ by one image;
+        # no arithmetic depends on these numbers, because the losses come scaled.
+        "train_batch_size": micro_batch * pieces * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": pieces,
+        "gradient_clipping": train.clip_norm,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            # ZeRO 3: weights below this size stay on every rank; the rest is fetched when its module runs.
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "zero_allow_untested_optimizer": True,  # ours moves weights as torch's own rules do
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if train.precision == "bf16":
+        # DeepSpeed's own bf16 mode casts weights but not BatchNorm's buffers; autocast keeps both in fp32.
+        generated["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return _merged(generated, config.deepspeed)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+class Engine:
+    """A network with its optimiser, spread over the ranks."""
+
+    def __init__(self, network: MDNet, config: RunConfig, device: torch.device) -> None:
+        ranks = world_size()
+        if device.type == "cuda" and ranks > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.device = device
+        self.autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        self._zero_stage = config.train.zero_stage
+        self._averages_buffers = device.type == "cpu" and ranks > 1
+        self.optimizer = PartOptimizer(
+            {name: part.parameters() for name, part in network.parts().items()}, config.optimizer
+        )
+        deepspeed = _import_deepspeed()
+        network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with contextlib.redirect_stdout(None) if not is_first() else contextlib.nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=network,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, ranks),
+                dist_init_required=False,
+            )
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._fragments = deepspeed.utils
+        self.network: MDNet = self._engine.module
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def losses(self, *batch: Any) -> Losses:
+        """Forward, in training mode: the summed losses of a micro-batch (`MDNet.forward`)."""
+        self._engine.train()
+        return self._engine(*batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one micro-batch.
+
+        DeepSpeed averages gradients over ranks; the caller has multiplied by the number of ranks, so that sums divided
+        by global counts come out. It is asked not to divide by accumulation steps.
+        """
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def micro_batch_done(self, *, apply: bool = True) -> bool:
+        """End a micro-batch; after the last of a step move the weights.
+
+        Args:
+            apply: False clears the gradients without moving any weight.
+
+        Returns:
+            whether the weights were moved (meaningful after the last micro-batch).
+        """
+        self.optimizer.skip_next = not apply
+        self._engine.step()
+        self.optimizer.skip_next = False
+        return apply and self.optimizer.moved and not getattr(self._engine.optimizer, "overflow", False)
+
+    def average_buffers(self) -> None:
+        """Make BatchNorm's running statistics the same on all ranks: their average.
+
+        On GPUs SyncBatchNorm keeps them the same; it does not exist on the CPU, where each rank follows its own images.
+        """
+        if not self._averages_buffers:
+            return
+        buffers = [buffer for name, buffer in self._persistent_buffers() if buffer.is_floating_point()]
+        flat = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / world_size()
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(mean.view_as(buffer))
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[MDNet]:
+        """The network in evaluation mode, its weights whole on every rank. Collective."""
+        network = self.network
+        network.eval()
+        try:
+            with self._whole_weights(), torch.no_grad(), self.autocast():
+                yield network
+        finally:
+            network.train()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic that training uses."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _whole_weights(self) -> contextlib.AbstractContextManager[Any]:
+        if self._zero_stage < 3:
+            return contextlib.nullcontext()
+        return self._gathered(list(self.network.parameters()), modifier_rank=None)
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights and buffers in fp32 on the CPU, by name, on every rank. Collective."""
+        with self._whole_weights():
+            state = {name: weight.detach().cpu().clone() for name, weight in self.network.named_parameters()}
+        return state | {name: buffer.detach().cpu().clone() for name, buffer in self._persistent_buffers()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's tensors on the CPU, `KEY/NAME` for weight NAME, on every rank. Collective."""
+        state = {}
+        self._allocate_optimizer_state()
+        for name, weight, keys in self._weights_with_state():
+            for key in keys:
+                if self._zero_stage == 0:
+                    value = self.optimizer.state[weight][key]
+                else:
+                    value = self._fragments.safe_get_full_optimizer_state(weight, key)
+                state[f"{key}/{name}"] = value.detach().cpu().clone().view(self._shape(weight))
+        return state
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights and buffers. Collective.
+
+        Raises:
+            KeyError: a name is missing.
+        """
+        with torch.no_grad():
+            for name, buffer in self._persistent_buffers():
+                buffer.copy_(weights[name])
+            for name, weight in self.network.named_parameters():
+                value = weights[name].to(self.device)
+                if self._zero_stage < 3:
+                    weight.copy_(value)
+                if self._zero_stage > 0:
+                    self._fragments.safe_set_full_fp32_param(weight, value)
+                if self._zero_stage == 3:
+                    with self._gathered([weight], modifier_rank=0):
+                        weight.copy_(value)
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Set the optimiser's tensors and its count of updates. Collective.
+
+        Raises:
+            KeyError: a tensor is missing, as when the optimiser's kind has changed.
+        """
+        self._allocate_optimizer_state()
+        for name, weight, keys in self._weights_with_state():
+            for key in keys:
+                value = state[f"{key}/{name}"].to(self.device)
+                if self._zero_stage == 0:
+                    self.optimizer.state[weight][key].copy_(value)
+                else:
+                    self._fragments.safe_set_full_optimizer_state(weight, value, key)
+        self.optimizer.set_updates(updates)
+
+    def close(self) -> None:
+        """Free the engine's communication buffers and leave the group of ranks."""
+        self._engine.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        names = self.network.state_dict().keys()
+        return ((name, buffer) for name, buffer in self.network.named_buffers() if name in names)
+
+    def _weights_with_state(self) -> Iterator[tuple[str, nn.Parameter, tuple[str, ...]]]:
+        rules = {group["name"]: group["rule"] for group in self.optimizer.param_groups}
+        prefixes = {
+            name: prefix
+            for prefix, module in self.network.named_children()
+            for name, part in self.network.parts().items()
+            if part is module
+        }
+        for part, prefix in prefixes.items():
+            for name, weight in self.network.get_submodule(prefix).named_parameters():
+                yield f"{prefix}.{name}", weight, STATE_KEYS[rules[part]]
+
+    def _shape(self, weight: nn.Parameter) -> torch.Size:
+        return weight.ds_shape if self._zero_stage == 3 else weight.shape  # type: ignore[attr-defined]
+
+    def _allocate_optimizer_state(self) -> None:
+        """Make the optimiser's tensors exist before its first step, where ZeRO keeps them."""
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            flat_weights = [
+                (zero.fp32_partitioned_groups_flat[i], self.optimizer.param_groups[group]["rule"])
+                for i, group in enumerate(zero.sub_group_to_group_id.values())
+            ]
+        else:
+            flat_weights = [
+                (weight, group["rule"]) for group in self.optimizer.param_groups for weight in group["params"]
+            ]
+        for weight, rule in flat_weights:
+            self.optimizer.state_of(weight, rule)
+        if self._zero_stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()

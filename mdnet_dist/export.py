@@ -1,0 +1,128 @@
+"""The exported model: all that inference needs, in two files and without pickle.
+
+RUN/model.safetensors   fp32 weights and buffers, by name
+RUN/model.json          `ModelCard`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mdnet_dist.config import DataConfig, ModelConfig, RunConfig
+from mdnet_dist.errors import InputError
+from mdnet_dist.model.mdnet import MDNet
+from mdnet_dist.shards import write_atomically
+from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
+
+FORMAT_VERSION = 1
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """`model.json`: what the numbers that go in and come out of the network mean."""
+
+    model: dict[str, Any]  # `ModelConfig`
+    data: dict[str, Any]  # `DataConfig`: how images are prepared
+    topics: list[str]
+    classes: list[str]
+    words: list[str]  # without the special ones
+    conclusions: dict[str, dict[str, int]]  # {class: {conclusion sentence: times in training}}
+    image_mean: list[float]  # of the training part, per channel, pixels scaled to 0..1
+    image_std: list[float]
+    intended_use: str = "research only, not diagnosis"
+    format: int = FORMAT_VERSION
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Words by number, the special ones first."""
+        return Vocabulary(self.words)
+
+    def build(self) -> MDNet:
+        """A network of the right shape, with fresh weights."""
+        config = ModelConfig.model_validate(self.model)
+        return MDNet(config, len(self.topics), len(self.classes), len(self.words) + len(SPECIAL_WORDS))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> float, zero mean and unit deviation over the training part."""
+        mean, std = (
+            torch.tensor(values, device=images.device).mul(255).view(1, 3, 1, 1)
+            for values in (self.image_mean, self.image_std)
+        )
+        return (images.float() - mean) / std
+
+
+def make_card(
+    config: RunConfig,
+    topics: list[str],
+    classes: list[str],
+    vocabulary: Vocabulary,
+    conclusions: dict[str, dict[str, int]],
+    image_mean: list[float],
+    image_std: list[float],
+) -> ModelCard:
+    """The card of a run's network."""
+    return ModelCard(
+        model=config.model.model_dump(mode="json"),
+        data=config.data.model_dump(mode="json", exclude={"shards"}),  # where the data lay is nobody's business
+        topics=topics,
+        classes=classes,
+        words=list(vocabulary.words[len(SPECIAL_WORDS) :]),
+        conclusions=conclusions,
+        image_mean=image_mean,
+        image_std=image_std,
+    )
+
+
+def export_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """Write both files, each whole or not at all."""
+    write_atomically(folder / WEIGHTS, save({name: value.contiguous() for name, value in weights.items()}))
+    write_atomically(folder / CARD, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
+
+
+def load_card(folder: Path) -> ModelCard:
+    """Read `model.json`.
+
+    Raises:
+        InputError: missing, damaged, or of another version.
+    """
+    path = folder / CARD
+    try:
+        card = ModelCard(**json.loads(path.read_text(encoding="utf-8")))
+        DataConfig.model_validate({**card.data, "shards": ""})
+        ModelConfig.model_validate(card.model)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a finished run's folder has one") from error
+    except (ValueError, TypeError, ValidationError, RecursionError) as error:
+        raise InputError(f"{path}: not a model card ({str(error).splitlines()[0]}); export it again") from error
+    if card.format != FORMAT_VERSION:
+        raise InputError(f"{path}: format {card.format}, but this version reads format {FORMAT_VERSION}")
+    return card
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[MDNet, ModelCard]:
+    """The network of a finished run, in evaluation mode.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights do not fit the card.
+    """
+    card = load_card(folder)
+    path = folder / WEIGHTS
+    try:
+        network = card.build()
+        network.load_state_dict(load(path.read_bytes()))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a finished run's folder has one") from error
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: does not fit {CARD} ({str(error).splitlines()[0]}); export it again") from error
+    return network.to(device).eval(), card

@@ -1,0 +1,44 @@
+"""M, auxiliary attention sharpening: class activation maps (DESIGN.md section 3; Zhou et al., CVPR 2016).
+
+Shapes: B images, C channels, P = h*w map positions, N classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ClassMaps(nn.Module):
+    """A linear classifier on the average of the map; its weights at each position give the class activation maps.
+
+    A_c(p) = w_c . C_p and s_c = mean_p A_c(p) + b_c: the average makes the map localise by class without any boxes.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        bound = channels**-0.5
+        self.weight = nn.Parameter(torch.empty(classes, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The map (B, C, h, w) -> logits (B, N) and the map that sharpens L's attention (B, P)."""
+        logits = F.linear(features.mean((2, 3)), self.weight, self.bias)  # the mean commutes with the linear map
+        return logits, self._sharpening_map(features, logits)
+
+    def maps(self, features: Tensor) -> Tensor:
+        """The map (B, C, h, w) -> class activation maps (B, N, P), without the bias."""
+        return torch.einsum("bcp,nc->bnp", features.flatten(2), self.weight.to(features.dtype))
+
+    @torch.no_grad()
+    def _sharpening_map(self, features: Tensor, logits: Tensor) -> Tensor:
+        """The predicted class's map, standardised per image: (B, C, h, w), (B, N) -> (B, P).
+
+        It is detached, so that L's loss does not train M's classifier, and standardised, so that its scale, which grows
+        with M's confidence, does not decide how much it counts.
+        """
+        chosen = self.weight[logits.argmax(1)].to(features.dtype)  # (B, C)
+        activation = torch.einsum("bcp,bc->bp", features.flatten(2), chosen).float()
+        centred = activation - activation.mean(1, keepdim=True)
+        return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)

@@ -1,0 +1,195 @@
+"""L, the language model: one LSTM that says each topic's sentence while it looks at the map (DESIGN.md section 3).
+
+    start     E_topic + W_v v                                    one input to the LSTM, giving h_0
+    attention a_t = softmax_p( w . tanh(W_c C_p + W_h h_{t-1} + u A(p)) ),    z_t = sum_p a_t(p) C_p
+    word      p(w_t) = softmax( W_o dropout(tanh(W_1 h_t + W_2 z_t)) ),      h_t = LSTM(E w_{t-1}, h_{t-1})
+
+What the attention sees of the past is h_{t-1} alone, and z_t does not enter the LSTM. So in training, where the words
+are given, the LSTM runs over whole sentences first and the attention is then computed for all of them at once: nothing
+but the LSTM is a loop over words.
+
+Only real words cost anything: missing sentences are left out, the LSTM runs over packed sentences, and the words of an
+image are drawn together, whichever sentence they belong to, before the attention.
+
+Shapes: B images, R reports, K topics, T tokens, P map positions, C channels, H hidden, A attention, V words,
+S the most real words that an image of the batch has.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from mdnet_dist.config import LanguageModelConfig
+from mdnet_dist.vocabulary import PAD, START
+
+
+class View(NamedTuple):
+    """What L knows of an image, computed once and shared by its topics, reports and words."""
+
+    features: Tensor  # (B, P, C)
+    keys: Tensor  # (B, P, A): W_c C_p + u A(p), all that does not depend on the words
+    pooled: Tensor  # (B, C): v
+
+
+class Told(NamedTuple):
+    """What L says of given sentences, one row for each real word of an image, in the order of its sentences."""
+
+    logits: Tensor  # (B, S, V)
+    weights: Tensor  # (B, S, P): attention, each row sums to 1
+    targets: Tensor  # (B, S): the words themselves, PAD where the image has fewer than S
+    places: Tensor  # (B, S): which of the image's R*K*T token places the word stands in
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """The attention weights as (B, R, K, T, P), zero where there is no word. Args: tokens: (B, R, K, T)."""
+        laid_out = self.weights.new_zeros(tokens.shape[0], tokens[0].numel(), self.weights.shape[-1])
+        real = (self.targets != PAD)[..., None]
+        laid_out.scatter_add_(1, self.places[..., None].expand_as(self.weights), self.weights * real)
+        return laid_out.view(*tokens.shape, -1)
+
+
+class _AttentionScores(torch.autograd.Function):
+    """w . tanh(keys + query) without keeping the (B, S, P, A) tensor: the backward pass computes it again.
+
+    Both passes go over the queries in slices, so that the largest tensor alive is (B, slice, P, A).
+    """
+
+    SLICE_NUMBERS = 1 << 22
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, queries: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(keys, queries, weight)
+        return torch.cat([_hidden(keys, part) @ weight for part in _slices(keys, queries)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, queries, weight = ctx.saved_tensors
+        grad_keys, grad_weight = torch.zeros_like(keys), torch.zeros_like(weight)
+        grad_queries = []
+        start = 0
+        for part in _slices(keys, queries):
+            grad_part = grad[:, start : start + part.shape[1]]  # (B, s, P)
+            start += part.shape[1]
+            hidden = _hidden(keys, part)  # (B, s, P, A)
+            grad_weight += torch.einsum("bsp,bspa->a", grad_part, hidden)
+            inner = hidden.square_().neg_().add_(1).mul_(grad_part[..., None]).mul_(weight)  # w (1 - tanh^2) dscore
+            grad_keys += inner.sum(1)
+            grad_queries.append(inner.sum(2))
+        return grad_keys, torch.cat(grad_queries, 1), grad_weight
+
+
+def _hidden(keys: Tensor, queries: Tensor) -> Tensor:
+    return (keys[:, None] + queries[:, :, None]).tanh_()
+
+
+def _slices(keys: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+    return queries.split(max(1, _AttentionScores.SLICE_NUMBERS // max(1, keys.numel())), 1)
+
+
+class LanguageModel(nn.Module):
+    """theta_L: embeddings, LSTM, attention, output."""
+
+    def __init__(self, config: LanguageModelConfig, channels: int, topics: int, words: int, sharpen: bool) -> None:
+        """Args: channels: C of the map; topics: K; words: V, the special ones included; sharpen: attention uses A."""
+        super().__init__()
+        self.topic_embedding = nn.Embedding(topics, config.embedding)
+        self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
+        self.start_projection = nn.Linear(channels, config.embedding)  # W_v
+        self.lstm = nn.LSTM(config.embedding, config.hidden, batch_first=True)
+        self.key = nn.Linear(channels, config.attention)  # W_c
+        self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
+        self.sharpening = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1)) if sharpen else None  # u
+        self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
+        self.from_hidden = nn.Linear(config.hidden, config.embedding)  # W_1
+        self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
+        self.output = nn.Linear(config.embedding, words)  # W_o
+        self.dropout = nn.Dropout(config.dropout)
+
+    def look(self, features: Tensor, sharpening_map: Tensor | None) -> View:
+        """Compute what all sentences of an image share.
+
+        Args:
+            features: the map (B, C, h, w).
+            sharpening_map: A(p), (B, P); None for attention without it.
+        """
+        positions = features.flatten(2).transpose(1, 2)
+        keys = self.key(positions)
+        if self.sharpening is not None and sharpening_map is not None:
+            keys = keys + sharpening_map[..., None].to(keys.dtype) * self.sharpening.to(keys.dtype)
+        return View(positions, keys, features.mean((2, 3)))
+
+    def starts(self, view: View) -> Tensor:
+        """The LSTM's first input for every image and topic: (B, K, E)."""
+        topics = torch.arange(self.topic_embedding.num_embeddings, device=view.pooled.device)
+        return self.start_projection(view.pooled)[:, None] + self.topic_embedding(topics)
+
+    def attend(self, view: View, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Where an image's sentences look, and what they see there.
+
+        Args:
+            states: h_{t-1} of S words of each image, (B, S, H).
+
+        Returns:
+            contexts z (B, S, C) and attention weights a (B, S, P), each row of which sums to 1.
+        """
+        queries = self.query(states)
+        with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
+            scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
+            weights = scores.softmax(-1)
+        return weights.to(view.features.dtype) @ view.features, weights
+
+    def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
+        """h_t (..., H) and z_t (..., C) -> logits of the words (..., V)."""
+        return self.output(self.dropout(torch.tanh(self.from_hidden(states) + self.from_context(contexts))))
+
+    def forward(self, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor, lengths: Tensor) -> Told:
+        """Teacher-forced prediction of given sentences.
+
+        Args:
+            features, sharpening_map: as for `look`.
+            tokens: (B, R, K, T) words with END behind the last and PAD after it; a missing sentence is all PAD.
+            lengths: (B, R, K) real tokens of each sentence, END included; on the CPU, so that the device never waits.
+        """
+        B, R, K, T = tokens.shape
+        view = self.look(features, sharpening_map)
+        lengths = lengths.reshape(B, R * K)
+        if not lengths.any():  # every parameter must get a gradient on every rank: say one PAD, which counts nothing
+            lengths = F.pad(lengths[:, 1:], (1, 0), value=1)
+        told = lengths.flatten().nonzero().squeeze(1)  # the sentences that exist
+        states = self._states(view, tokens, told, lengths.flatten()[told])  # (sentences, 1 + T, H)
+
+        row = torch.zeros(B * R * K, dtype=torch.long)
+        row[told] = torch.arange(len(told))
+        real = torch.arange(T) < lengths[..., None]  # (B, R*K, T)
+        S = int(real.sum((1, 2)).max())
+        places = (~real.flatten(1)).to(torch.uint8).argsort(stable=True, dim=1)[:, :S]  # real words first, in order
+        before = row.view(B, R * K)[:, :, None] * (1 + T) + torch.arange(T)  # where h_{t-1} is in `states`
+        before = before.flatten(1).gather(1, places).to(tokens.device, non_blocking=True)
+        places = places.to(tokens.device, non_blocking=True)
+
+        states = states.flatten(0, 1)
+        contexts, weights = self.attend(view, states[before])
+        targets = tokens.flatten(1).gather(1, places)
+        return Told(self.word_logits(states[before + 1], contexts), weights, targets, places)
+
+    def _states(self, view: View, tokens: Tensor, told: Tensor, lengths: Tensor) -> Tensor:
+        """h_0 .. h_T of the sentences numbered `told` in B*R*K, with their lengths: (sentences, 1 + T, H)."""
+        _, R, K, T = tokens.shape
+        told = told.to(tokens.device, non_blocking=True)
+        words = tokens.flatten(0, 2)[told]
+        words = torch.cat([torch.full_like(words[:, :1], START), words[:, :-1]], 1)
+        starts = self.starts(view)[told // (R * K), told % K]
+        inputs = torch.cat([starts[:, None], self.dropout(self.word_embedding(words))], 1)
+        packed = pack_padded_sequence(inputs, 1 + lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0]
+
+    def word_losses(self, told: Told) -> Tensor:
+        """Negative log-likelihood of each word, 0 where there is none: (B, S) in fp32."""
+        losses = F.cross_entropy(
+            told.logits.flatten(0, 1).float(), told.targets.flatten(), ignore_index=PAD, reduction="none"
+        )
+        return losses.view_as(told.targets)

@@ -1,0 +1,187 @@
+"""One training run from configuration to scores: trainer, tracker and pictures put together.
+
+`launch/train.py` and every trial of a search call `run_training`; there is no second way to train.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mdnet_dist.config import RunConfig, flatten
+from mdnet_dist.console import say, table
+from mdnet_dist.distributed import is_first, on_first, world_size
+from mdnet_dist.errors import InputError, Preempted
+from mdnet_dist.evaluation import Evaluation, Prediction, score
+from mdnet_dist.figures import draw_confusion_matrix, draw_report, draw_training_curves
+from mdnet_dist.images import decode_mask
+from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_reports, score_reports
+from mdnet_dist.run_data import RunData
+from mdnet_dist.run_folder import CONFIG, METRICS, PICTURES, PREDICTIONS
+from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
+from mdnet_dist.trainer import Result, Trainer
+
+TABLE_ROWS = (
+    "images", "dca", "label_accuracy", "macro_f1", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider",
+    "loss_m", "loss_l",
+)  # fmt: skip
+
+
+def run_training(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    parent_run_id: str | None = None,
+    on_validation: Callable[[Mapping[str, float], int], None] | None = None,
+) -> Result:
+    """Train, score, export and log one run. Collective: every rank of the job calls it.
+
+    Args:
+        resume: continue from the run's last checkpoint.
+        parent_run_id: MLflow run under which this one is shown.
+        on_validation: called on every rank with the validation metrics (val/...) and the step.
+
+    Raises:
+        InputError: something the user gave is wrong.
+        TrainingFailed: the loss stayed non-finite.
+        Preempted: a signal asked to stop; a checkpoint is written.
+    """
+    trainer = Trainer(config, resume=resume)
+    tracker = _start_tracking(trainer, resume, parent_run_id)
+    status: str = "FAILED"
+    try:
+        say(_opening(trainer))
+        result = trainer.run(tracker, on_validation)
+        if is_first():
+            _log_results(trainer, result, tracker)
+        status = "FINISHED"
+    except Preempted:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker:
+            tracker.close(status)  # type: ignore[arg-type]
+    trainer.close()
+    return result
+
+
+def _start_tracking(trainer: Trainer, resume: bool, parent_run_id: str | None) -> Tracker | None:
+    """Open the tracker on the first rank; a store that refuses leaves no folder behind."""
+    opened: list[Tracker] = []
+    config = trainer.config
+
+    def start() -> None:
+        trainer.prepare_folder()
+        opened.append(
+            open_tracker(
+                config.tracking,
+                trainer.folder,
+                trainer.folder.name,
+                flatten(config),
+                run_tags(world_size(), trainer.device.type),
+                resume=resume,
+                resume_step=trainer.step if resume else None,
+                parent_run_id=parent_run_id,
+            )
+        )
+        opened[0].log_artifact(trainer.folder / CONFIG)
+
+    try:
+        on_first(start)
+    except InputError:
+        if is_first() and not resume:
+            shutil.rmtree(trainer.folder, ignore_errors=True)
+        raise
+    return opened[0] if opened else None
+
+
+def _opening(trainer: Trainer) -> str:
+    data, config = trainer.data, trainer.config
+    weights = sum(weight.numel() for weight in trainer.network.parameters())
+    lines = [
+        f"run       {trainer.folder}",
+        f"data      {data.manifest.name}: {data.samples} images to train on, {len(data.card.topics)} topics, "
+        f"{len(data.card.classes)} classes, {len(data.card.words)} words",
+        f"network   {weights:,} weights, concat_depth {config.model.image.concat_depth}",
+        f"training  {trainer.steps} steps of {config.train.global_batch} images on {world_size()} "
+        f"{trainer.device.type.upper()} rank{'s' if world_size() > 1 else ''}, ZeRO {config.train.zero_stage}, "
+        f"{config.train.precision}",
+    ]
+    if left_over := data.samples % config.train.global_batch:
+        lines.append(f"          {left_over} of the images sit out each epoch, others the next")
+    if data.cut_sentences:
+        lines.append(f"          sentences longer than data.max_tokens {config.data.max_tokens} are cut")
+    if not data.validation:
+        lines.append("          no validation part: the last weights count as the best")
+    return "\n".join(lines)
+
+
+def _log_results(trainer: Trainer, result: Result, tracker: Tracker | None) -> None:
+    """Pictures and files of a finished run, into its folder and into MLflow."""
+    folder, card = result.folder, trainer.data.card
+    pictures = folder / PICTURES
+    pictures.mkdir(exist_ok=True)
+    draw_training_curves(folder / METRICS_NAME, pictures / "training.png")
+    if result.test:
+        draw_evaluation(result.test, trainer.data, pictures)
+    if tracker:
+        for path in (folder / METRICS, folder / PREDICTIONS, folder / "model.json", folder / "model.safetensors"):
+            tracker.log_artifact(path)
+        tracker.log_artifact(pictures, PICTURES)
+        if not card.classes:
+            tracker.log_tags({"classes": "none"})
+
+
+def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None:
+    """Confusion matrices, and the kept reports with their attention."""
+    images = [prediction.scored() for prediction in evaluation.predictions]
+    if any(image.label for image in images):
+        for name, counts in confusion_matrices(images, data.card.conclusions, data.card.classes).items():
+            if counts[:, :-1].any():
+                draw_confusion_matrix(counts, data.card.classes, folder / f"confusion_{name}.png")
+    for shown in evaluation.explained:
+        draw_report(
+            shown.image,
+            shown.words,
+            shown.attention,
+            shown.prediction.probabilities,
+            shown.class_map,
+            shown.prediction.label,
+            shown.prediction.references,
+            decode_mask(shown.mask, shown.prediction.key) if shown.mask else None,
+            folder / f"report_{shown.prediction.key}.png",
+        )
+
+
+def score_table(result: Result) -> str:
+    """The test scores beside those of people, and of an oracle where the true grades are known. First rank only."""
+    if result.test is None:
+        return "the shard set has no test part: nothing to score"
+    predictions, data, nltk_data = result.test.predictions, result.data, result.nltk_data
+    columns: dict[str, dict[str, float] | None] = {
+        "this run": score(predictions, data.card, nltk_data),
+        "people": yardstick_people(predictions, data, nltk_data),
+        "oracle": yardstick_oracle(predictions, data, nltk_data),
+    }
+    return table(TABLE_ROWS, columns)
+
+
+def yardstick_people(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
+    """What people score: each image's first report against its others."""
+    card = data.card
+    compared = people_reports([prediction.scored() for prediction in predictions], card.topics)
+    if not compared:
+        return None
+    return score_reports(compared, card.topics, card.conclusions, card.classes, nltk_data)
+
+
+def yardstick_oracle(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
+    """What one scores who knows all true grades and says each in its most frequent wording of training."""
+    grades = {prediction.key: prediction.grades for prediction in predictions if prediction.grades}
+    if not grades:
+        return None
+    card = data.card
+    wordings = count_wordings((record.grades, record.reports) for record in data.training_records())
+    told = oracle_reports([prediction.scored() for prediction in predictions], grades, wordings)
+    return score_reports(told, card.topics, card.conclusions, card.classes, nltk_data)

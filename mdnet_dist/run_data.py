@@ -1,0 +1,133 @@
+"""From a configuration to the data of a run: parts, vocabulary, model card, readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mdnet_dist.config import RunConfig
+from mdnet_dist.data import Encoder, EvaluationStream, Loader, TrainingStream, check_shards, parts_of, read_shard
+from mdnet_dist.distributed import gather, rank, world_size
+from mdnet_dist.errors import InputError
+from mdnet_dist.export import ModelCard, make_card
+from mdnet_dist.plan import rank_share, steps_per_epoch
+from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest
+from mdnet_dist.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data of a run and what follows from its training parts."""
+
+    manifest: ShardManifest
+    train: list[str]  # names of parts
+    validation: list[str]
+    test: list[str]
+    card: ModelCard
+    encoder: Encoder
+    samples: int  # in training
+    steps_per_epoch: int
+    cut_sentences: bool  # whether some sentence of training is longer than the configured length
+
+    def training_batches(self, config: RunConfig, first_step: int, steps: int, pin_memory: bool) -> Loader:
+        """This rank's micro-batches from a step on."""
+        stream = TrainingStream(
+            self.encoder,
+            config.augment,
+            self.manifest,
+            self.train,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            seed=config.train.seed,
+            first_step=first_step,
+            steps=steps,
+            ranks=world_size(),
+            rank=rank(),
+        )
+        return Loader(stream, config.data.workers, pin_memory)
+
+    def evaluation_batches(self, config: RunConfig, parts: list[str], pin_memory: bool) -> Loader:
+        """This rank's share of some parts, each sample once."""
+        stream = EvaluationStream(
+            self.encoder, self.manifest, parts, batch=config.evaluate.batch, ranks=world_size(), rank=rank()
+        )
+        return Loader(stream, config.data.workers, pin_memory)
+
+    def training_records(self) -> Iterator[SampleRecord]:
+        """What is known of every training image, without decoding any."""
+        folder = Path(self.encoder.config.shards)
+        for shard in self.manifest.shards_of(self.train):
+            yield from (sample.record for sample in read_shard(folder, shard))
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Read the manifest, check this rank's share of the shards, and derive vocabulary and image statistics.
+
+    Raises:
+        InputError: whatever is wrong with the shards or contradicts the configuration.
+    """
+    folder = Path(config.data.shards)
+    manifest = load_manifest(folder)
+    train, validation, test = parts_of(manifest, config.data.fold)
+    statistics = [manifest.parts[part] for part in train]
+    samples = sum(part.samples for part in statistics)
+    steps = steps_per_epoch(samples, config.train.global_batch)
+    rank_share(config.train.global_batch, world_size(), rank())
+    _check_shards_together(folder, manifest.shards_of([*train, *validation, *test]))
+
+    words: Counter[str] = Counter()
+    for part in statistics:
+        words.update(part.words)
+    vocabulary = Vocabulary.from_counts(words, config.data.min_word_count)
+    if manifest.topics and not words:
+        raise InputError(f"{folder}: the training part has no word in any report; give reports, or no topics")
+    mean, std = _image_statistics(statistics)
+    card = make_card(config, manifest.topics, manifest.classes, vocabulary, _conclusions(statistics), mean, std)
+    return RunData(
+        manifest=manifest,
+        train=train,
+        validation=validation,
+        test=test,
+        card=card,
+        encoder=Encoder(config.data, manifest.topics, manifest.classes, vocabulary),
+        samples=samples,
+        steps_per_epoch=steps,
+        cut_sentences=any(part.longest_sentence + 1 > config.data.max_tokens for part in statistics),
+    )
+
+
+def _check_shards_together(folder: Path, shards: list[ShardInfo]) -> None:
+    """Each rank checks its share; what one of them finds wrong is every rank's error."""
+    problem: InputError | None = None
+    try:
+        check_shards(folder, shards, ranks=world_size(), rank=rank())
+    except InputError as error:
+        problem = error
+    for found in gather(problem):
+        if found is not None:
+            raise found
+
+
+def _conclusions(statistics: list[PartStatistics]) -> dict[str, dict[str, int]]:
+    """{class: {conclusion sentence: times}} over several parts."""
+    conclusions: dict[str, Counter[str]] = {}
+    for part in statistics:
+        for label, sentences in part.conclusions.items():
+            conclusions.setdefault(label, Counter()).update(sentences)
+    return {label: dict(sorted(sentences.items())) for label, sentences in sorted(conclusions.items())}
+
+
+def _image_statistics(statistics: list[PartStatistics]) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel over several parts, each image counted once."""
+    weights = np.array([part.samples for part in statistics], dtype=float)
+    weights /= weights.sum()
+    means = np.array([part.image_mean for part in statistics])
+    squares = np.array([part.image_std for part in statistics]) ** 2 + means**2
+    mean = weights @ means
+    # An image set of one colour still normalises to something finite.
+    std = np.sqrt(np.maximum(weights @ squares - mean**2, 1e-4))
+    return [round(float(value), 6) for value in mean], [round(float(value), 6) for value in std]

@@ -1,0 +1,67 @@
+"""The folder of a run, `runs/NAME/` (DESIGN.md section 5): found, made, and filled with what other programs rely on.
+
+config.yaml        the resolved configuration
+checkpoints/       `mdnet_dist.checkpoint`
+model.safetensors, model.json    `mdnet_dist.export`
+metrics.json       last evaluation, keys prefixed val/ or test/
+predictions.jsonl  one line an image of the test part (of the validation part where there is no test part)
+metrics.jsonl      every logged point (`mdnet_dist.tracking`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mdnet_dist.config import RunConfig, as_yaml
+from mdnet_dist.errors import InputError
+from mdnet_dist.evaluation import Prediction
+from mdnet_dist.shards import write_atomically
+
+CONFIG, METRICS, PREDICTIONS, PICTURES = "config.yaml", "metrics.json", "predictions.jsonl", "pictures"
+
+
+def new_run_folder(config: RunConfig) -> Path:
+    """Make the folder of a new run: runs/NAME, or the first free of runs/NAME-2, runs/NAME-3, ...
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    number = 1
+    while True:
+        folder = Path(config.runs_folder) / (config.name if number == 1 else f"{config.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}; runs_folder must be a folder that can be written") from error
+        else:
+            return folder
+
+
+def existing_run_folder(config: RunConfig) -> Path:
+    """The folder to resume: the newest of runs/NAME, runs/NAME-2, ...
+
+    Raises:
+        InputError: there is none.
+    """
+    folder, number = Path(config.runs_folder) / config.name, 2
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run to resume; start it without --resume")
+    while (newer := folder.with_name(f"{config.name}-{number}")).is_dir():
+        folder, number = newer, number + 1
+    return folder
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the resolved configuration; `launch/train.py` takes it as it is."""
+    write_atomically(folder / CONFIG, as_yaml(config))
+
+
+def write_scores(folder: Path, metrics: Mapping[str, float], predictions: Sequence[Prediction]) -> None:
+    """Write metrics.json and predictions.jsonl."""
+    write_atomically(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
+    lines = [json.dumps(prediction.as_line(), ensure_ascii=False) for prediction in predictions]
+    write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))

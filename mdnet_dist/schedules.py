@@ -1,0 +1,85 @@
+"""beta, eta and learning rates as functions of the fraction of training done, so that they transfer between lengths."""
+
+from __future__ import annotations
+
+import math
+
+from mdnet_dist.config import (
+    BetaSchedule,
+    ConstantBeta,
+    CosineBeta,
+    DelayedStepBeta,
+    LinearBeta,
+    PiecewiseBeta,
+    ScheduleConfig,
+    SigmoidBeta,
+)
+
+
+def beta_at(schedule: BetaSchedule, fraction: float) -> float:
+    """beta of Eq. 12, in 0..1, when `fraction` (0..1) of training is done."""
+    match schedule:
+        case ConstantBeta():
+            return schedule.value
+        case LinearBeta():
+            progress = fraction
+        case CosineBeta():
+            progress = (1 - math.cos(math.pi * fraction)) / 2
+        case SigmoidBeta():
+            progress = 1 / (1 + math.exp(-schedule.steepness * (fraction - schedule.midpoint)))
+        case DelayedStepBeta():
+            progress = float(fraction >= schedule.at)
+        case PiecewiseBeta():
+            return _interpolate(schedule.knots, fraction)
+    return schedule.start + (schedule.end - schedule.start) * progress
+
+
+def _interpolate(knots: list[list[float]], fraction: float) -> float:
+    """Straight lines between knots, constant outside them."""
+    before = [knot for knot in knots if knot[0] <= fraction]
+    after = [knot for knot in knots if knot[0] > fraction]
+    if not before or not after:
+        return (after[0] if after else before[-1])[1]
+    (left, low), (right, high) = before[-1], after[0]
+    return low + (high - low) * (fraction - left) / (right - left)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, fraction: float) -> float:
+    """What a group's learning rate is multiplied by when `fraction` (0..1) of training is done."""
+    if fraction < schedule.warmup:
+        return fraction / schedule.warmup
+    match schedule.kind:
+        case "constant":
+            return 1.0
+        case "step":
+            return schedule.factor ** sum(fraction >= milestone for milestone in schedule.milestones)
+        case "cosine":
+            progress = (fraction - schedule.warmup) / (1 - schedule.warmup) if schedule.warmup < 1 else 1.0
+            return schedule.end + (1 - schedule.end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class EtaBalance:
+    """`eta: balanced`: the running ratio of the norms of dL_M and dL_L where they enter D.
+
+    With it both losses weigh alike on theta_D at beta = 1/2. Every rank sees the same norms, those of the whole global
+    batch, and so computes the same eta.
+    """
+
+    LARGEST = 1e4
+
+    def __init__(self, memory: float) -> None:
+        """Args: memory: share of the running norms that one step keeps."""
+        self.memory = memory
+        self.norms = [0.0, 0.0]
+
+    @property
+    def eta(self) -> float:
+        """The factor for the coming step; 1 before anything was measured."""
+        norm_m, norm_l = self.norms
+        if norm_m == 0.0 or norm_l == 0.0:
+            return 1.0
+        return min(self.LARGEST, max(1 / self.LARGEST, norm_m / norm_l))
+
+    def update(self, norm_m: float, norm_l: float) -> None:
+        """Take in the norms that a step measured."""
+        self.norms = [self.memory * old + (1 - self.memory) * new for old, new in zip(self.norms, (norm_m, norm_l))]

@@ -1,0 +1,400 @@
+"""The training loop: batch, forward, backward, step, log; sometimes evaluate, sometimes save.
+
+Every loop over ranks, accumulation steps and parts of the loss comes down to one rule: both losses are means over the
+whole global batch (all ranks, all accumulation steps), so sums are divided by counts that all ranks know before the
+first backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mdnet_dist.checkpoint import (
+    Progress,
+    best_checkpoint,
+    checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from mdnet_dist.config import RunConfig
+from mdnet_dist.console import Progress as ProgressBar
+from mdnet_dist.console import say
+from mdnet_dist.data import Batch
+from mdnet_dist.distributed import barrier, from_first, is_first, on_first, rank, sum_over_ranks, world_size
+from mdnet_dist.engine import Engine, start_processes
+from mdnet_dist.errors import InputError, Preempted, TrainingFailed
+from mdnet_dist.evaluation import Evaluation, evaluate, main_score
+from mdnet_dist.export import export_model, load_card
+from mdnet_dist.model.mdnet import NO_LABEL, MDNet
+from mdnet_dist.plan import accumulation_steps
+from mdnet_dist.run_data import RunData, open_data
+from mdnet_dist.run_folder import existing_run_folder, new_run_folder, write_config, write_scores
+from mdnet_dist.schedules import EtaBalance, beta_at
+from mdnet_dist.signals import StopRequest
+from mdnet_dist.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run gives to the program that started it."""
+
+    folder: Path
+    metrics: dict[str, float]  # prefixed val/ and test/; the same on every rank
+    test: Evaluation | None
+    data: RunData
+    nltk_data: Path  # where WordNet is, for METEOR
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step measured, over all ranks."""
+
+    loss_m: float  # mean over the labelled images of the global batch
+    loss_l: float  # mean over its real tokens
+    gradient_norm_m: float  # of dL_M with respect to D's map, before it is scaled
+    gradient_norm_l: float
+    finite: bool
+    moved: bool  # whether the weights were
+    stop: bool  # whether some rank was told to stop
+    waited_seconds: float  # for data, this rank
+
+
+class Trainer:
+    """One run on one set of ranks."""
+
+    def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
+        """Check all input, build network and engine, and load the last checkpoint where `resume` asks for it.
+
+        Raises:
+            InputError: whatever is wrong with configuration, shards or checkpoint; before anything is written.
+        """
+        self.config = config
+        self.device = start_processes()
+        self.data: RunData = open_data(config)
+        self.steps = config.train.epochs * self.data.steps_per_epoch
+        self.folder = on_first(lambda: existing_run_folder(config) if resume else new_run_folder(config))
+        self.nltk_data = Path(config.runs_folder) / "nltk_data"
+        self.step, self.updates, self.bad_steps = 0, 0, 0
+        self.best_score: float | None = None
+        self.eta = EtaBalance(config.blend.eta_memory)
+        # The same weights on every rank, whatever was drawn before.
+        torch.manual_seed(config.train.seed)
+        self.network: MDNet = self.data.card.build()
+        self.engine = Engine(self.network, config, self.device)
+        self.network = self.engine.network
+        if resume:
+            self._resume()
+
+    # -------------------------------------------------------------------------------------------------------- steps
+
+    def train_step(self, batches: Iterator[Batch]) -> StepReport:
+        """One update of the weights from the next global batch."""
+        train, ranks = self.config.train, world_size()
+        fraction = (self.step + 0.5) / self.steps
+        self.engine.optimizer.schedule(fraction)
+        self.network.blend.set(self.beta, self.current_eta)
+        torch.manual_seed(_step_seed(train.seed, self.step, rank()))  # dropout
+
+        started = time.monotonic()
+        pieces = accumulation_steps(train.global_batch, train.micro_batch, ranks)
+        micro_batches = [next(batches).to(self.device) for _ in range(pieces)]
+        waited = time.monotonic() - started
+
+        images = sum(int((batch.labels != NO_LABEL).sum()) for batch in micro_batches)
+        words = sum(int(batch.lengths.sum()) for batch in micro_batches)
+        labelled, tokens = sum_over_ranks(torch.tensor([images, words], device=self.device)).clamp(min=1)
+
+        sums = torch.zeros(2, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            losses = self.engine.losses(
+                self._images(batch), batch.labels, batch.tokens, batch.lengths, train.label_smoothing
+            )
+            # DeepSpeed averages over ranks, so that these sums over a micro-batch become means over the global batch.
+            self.engine.backward(ranks * (losses.m / labelled + losses.l / tokens))
+            sums += torch.stack([losses.m.detach(), losses.l.detach()])
+            if number < pieces:
+                self.engine.micro_batch_done()
+
+        stop = torch.tensor([float(self._stop is not None and self._stop.received)], device=self.device)
+        measured = torch.cat([sums, self.network.blend.squared_norms, stop])
+        loss_m, loss_l, squared_m, squared_l, stops = sum_over_ranks(measured).tolist()
+        finite = all(map(math.isfinite, (loss_m, loss_l, squared_m, squared_l)))
+        moved = self.engine.micro_batch_done(apply=finite)
+        self.step += 1
+        self.updates += moved
+        self.bad_steps = 0 if moved else self.bad_steps + 1
+        report = StepReport(
+            loss_m=loss_m / float(labelled),
+            loss_l=loss_l / float(tokens),
+            gradient_norm_m=math.sqrt(squared_m) / ranks if finite else math.nan,
+            gradient_norm_l=math.sqrt(squared_l) / ranks if finite else math.nan,
+            finite=finite,
+            moved=moved,
+            stop=stops > 0,
+            waited_seconds=waited,
+        )
+        if finite:
+            self.eta.update(report.gradient_norm_m, report.gradient_norm_l)
+        return report
+
+    @property
+    def beta(self) -> float:
+        """beta of the coming step."""
+        return beta_at(self.config.blend.beta, (self.step + 0.5) / self.steps)
+
+    @property
+    def current_eta(self) -> float:
+        """eta of the coming step."""
+        eta = self.config.blend.eta
+        return self.eta.eta if eta == "balanced" else float(eta)
+
+    def _images(self, batch: Batch) -> torch.Tensor:
+        return self.data.card.normalise(batch.images).contiguous(memory_format=torch.channels_last)
+
+    # --------------------------------------------------------------------------------------------------------- loop
+
+    def run(
+        self, tracker: Tracker | None = None, on_validation: Callable[[Mapping[str, float], int], None] | None = None
+    ) -> Result:
+        """Train to the end, validating and saving on the way; then score the best weights on the test part, once.
+
+        Args:
+            tracker: on the first rank.
+            on_validation: called on every rank with the validation metrics and the step.
+
+        Raises:
+            Preempted: a signal asked to stop, and a checkpoint has been written.
+            TrainingFailed: too many steps in a row were not finite.
+        """
+        self._stop: StopRequest | None = StopRequest()
+        progress = ProgressBar(self.steps, self.step, self.config.train.log_every_steps)
+        try:
+            if self.step < self.steps:
+                batches = self.data.training_batches(self.config, self.step, self.steps, self.device.type == "cuda")
+                self._train(iter(batches), progress, tracker, on_validation)
+        finally:
+            progress.close()
+            self._stop.restore()
+        return self._finish(tracker)
+
+    def _train(
+        self,
+        batches: Iterator[Batch],
+        progress: ProgressBar,
+        tracker: Tracker | None,
+        on_validation: Callable[[Mapping[str, float], int], None] | None,
+    ) -> None:
+        every, epoch_steps = self.config.train.log_every_steps, self.data.steps_per_epoch
+        since, waited, logged = time.monotonic(), 0.0, self.step
+        while self.step < self.steps:
+            beta, eta = self.beta, self.current_eta
+            report = self.train_step(batches)
+            waited += report.waited_seconds
+            if self.step % every == 0 or self.step == self.steps:
+                seconds = time.monotonic() - since
+                speed = (self.step - logged) * self.config.train.global_batch / seconds
+                measured = self._measured(report, beta, eta, speed, waited / seconds)
+                since, waited, logged = time.monotonic(), 0.0, self.step
+                if tracker:
+                    tracker.log_metrics(measured, self.step)
+                progress.step_done(self.step, _as_text(measured))
+            else:
+                progress.step_done(self.step, {})
+            if not report.moved:
+                self._skipped(report)
+            if report.stop:
+                raise Preempted(f"stopped by a signal; {self.save(None)} holds step {self.step}, --resume continues")
+            if self.step % epoch_steps == 0:
+                paused = time.monotonic()
+                self._end_of_epoch(self.step // epoch_steps, tracker, on_validation)
+                since += time.monotonic() - paused
+
+    def _measured(
+        self, report: StepReport, beta: float, eta: float, images_per_second: float, wait_share: float
+    ) -> dict[str, float]:
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        return {
+            "train/loss_m": report.loss_m,
+            "train/loss_l": report.loss_l,
+            "train/beta": beta,
+            "train/eta": eta,
+            "train/gradient_norm_m": report.gradient_norm_m,
+            "train/gradient_norm_l": report.gradient_norm_l,
+            "speed/images_per_second": images_per_second,
+            "speed/data_wait_share": wait_share,
+            "speed/peak_memory_gib": peak_memory_gib(self.device),
+            **rates,
+        }
+
+    def _skipped(self, report: StepReport) -> None:
+        what = "a gradient" if report.finite else "the loss"
+        say(f"step {self.step}: {what} is not finite; all ranks skip it ({self.bad_steps} in a row)")
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            raise TrainingFailed(
+                f"{self.bad_steps} steps in a row had a loss or gradient that is not finite, up to step {self.step}; "
+                f"lower the learning rates, or continue from {self.folder}/checkpoints"
+            )
+
+    # -------------------------------------------------------------------------------------------- evaluate and save
+
+    def _end_of_epoch(
+        self, epoch: int, tracker: Tracker | None, on_validation: Callable[[Mapping[str, float], int], None] | None
+    ) -> None:
+        train, last = self.config.train, self.step == self.steps
+        score = None
+        if self.data.validation and (last or epoch % self.config.evaluate.every_epochs == 0):
+            metrics = {f"val/{name}": value for name, value in self.evaluate(self.data.validation).metrics.items()}
+            score = main_score(
+                {name.removeprefix("val/"): value for name, value in metrics.items()}, self.config.evaluate.metric
+            )
+            if score is None:
+                raise InputError(f"evaluate.metric '{self.config.evaluate.metric}' is not measured; {_known(metrics)}")
+            metrics["val/score"] = score
+            shown = {
+                name: metrics[f"val/{name}"]
+                for name in ("dca", "bleu4", "loss_m", "loss_l")
+                if f"val/{name}" in metrics
+            }
+            say(f"epoch {epoch}/{train.epochs}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+            if tracker:
+                tracker.log_metrics(metrics, self.step)
+            if on_validation:
+                on_validation(metrics, self.step)
+        better = score is not None and (self.best_score is None or score > self.best_score)
+        if better:
+            self.best_score = score
+        if last or better or epoch % train.checkpoint_every_epochs == 0:
+            self.save(score)
+
+    def evaluate(self, parts: list[str], pictures: int = 0) -> Evaluation:
+        """Score the network as it is on some parts, over all ranks. Collective."""
+        self.engine.average_buffers()
+        batches = self.data.evaluation_batches(self.config, parts, self.device.type == "cuda")
+        with self.engine.evaluating() as network:
+            return evaluate(
+                network,
+                self.data.card,
+                batches,
+                device=self.device,
+                beam_width=self.config.evaluate.beam_width,
+                nltk_data=self.nltk_data,
+                pictures=pictures,
+            )
+
+    def save(self, score: float | None) -> Path:
+        """Write a checkpoint of the current step and delete those no longer wanted. Collective."""
+        self.engine.average_buffers()
+        weights, optimizer_state = self.engine.weights(), self.engine.optimizer_state()
+        progress = Progress(
+            step=self.step,
+            updates=self.updates,
+            bad_steps=self.bad_steps,
+            eta_norms=self.eta.norms,
+            score=score,
+            best_score=self.best_score,
+        )
+
+        def write() -> Path:
+            written = save_checkpoint(self.folder, progress, weights, optimizer_state)
+            prune_checkpoints(self.folder, self.config.train.keep_last, self.config.train.keep_best)
+            return written
+
+        return on_first(write)
+
+    def _resume(self) -> None:
+        found = from_first(checkpoints(self.folder))
+        if not found:
+            say(f"{self.folder}: no checkpoint yet; starting at step 0")
+            return
+        progress, weights, optimizer_state = load_checkpoint(found[-1])
+        try:
+            self.engine.load_weights(weights)
+            self.engine.load_optimizer_state(optimizer_state, progress.updates)
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{found[-1]}: does not fit the configured network, vocabulary or optimiser ({reason}); "
+                "resume with the configuration it was trained with, or start a new run under another name"
+            ) from error
+        self.step, self.updates, self.bad_steps = progress.step, progress.updates, progress.bad_steps
+        self.eta.norms, self.best_score = list(progress.eta_norms), progress.best_score
+        say(f"resuming {self.folder} at step {self.step} of {self.steps}")
+
+    def _finish(self, tracker: Tracker | None) -> Result:
+        """Score the best checkpoint on validation and test parts and export it."""
+        best = from_first(best_checkpoint(self.folder) if is_first() else None)
+        if best is not None:
+            self.engine.load_weights(load_checkpoint(best)[1])
+        metrics: dict[str, float] = {}
+        evaluations: dict[str, Evaluation] = {}
+        for prefix, parts in (("val", self.data.validation), ("test", self.data.test)):
+            if parts:
+                evaluations[prefix] = self.evaluate(parts, self.config.evaluate.pictures)
+                metrics |= {f"{prefix}/{name}": value for name, value in evaluations[prefix].metrics.items()}
+        weights = self.engine.weights()
+        scored = evaluations.get("test") or evaluations.get("val")
+        if is_first():
+            export_model(self.folder, self.data.card, weights)
+            write_scores(self.folder, metrics, scored.predictions if scored else [])
+            if tracker:
+                tracker.log_metrics({f"final/{name}": value for name, value in metrics.items()}, self.step)
+        barrier()
+        return Result(
+            folder=self.folder,
+            metrics=metrics,
+            test=evaluations.get("test"),
+            data=self.data,
+            nltk_data=self.nltk_data,
+        )
+
+    def prepare_folder(self) -> None:
+        """Write the resolved configuration into the run's folder, and check it is the same network on a resume."""
+        if is_first():
+            if (self.folder / "model.json").exists() and load_card(self.folder).words != self.data.card.words:
+                say(f"{self.folder}/model.json: from other data; it will be replaced at the end")
+            write_config(self.folder, self.config)
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self.engine.close()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the dropout of one step on one rank: nothing to save, nothing to restore."""
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _as_text(measured: Mapping[str, float]) -> dict[str, str]:
+    """The measurements of a step as the progress line shows them."""
+    return {
+        "loss M": f"{measured['train/loss_m']:.3f}",
+        "L": f"{measured['train/loss_l']:.3f}",
+        "beta": f"{measured['train/beta']:.2f}",
+        "eta": f"{measured['train/eta']:.2f}",
+        "|dM|": f"{measured['train/gradient_norm_m']:.1e}",
+        "|dL|": f"{measured['train/gradient_norm_l']:.1e}",
+        "images/s": f"{measured['speed/images_per_second']:.1f}",
+        "wait": f"{measured['speed/data_wait_share']:.0%}",
+        "GiB": f"{measured['speed/peak_memory_gib']:.1f}",
+    }
+
+
+def _known(metrics: Mapping[str, float]) -> str:
+    return "known: dca_bleu4, " + ", ".join(sorted(name.removeprefix("val/") for name in metrics))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory used so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,710 @@
+"""Nothing logged is lost or doubled, whatever the store and the job do; training never waits for the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launch import mlflow_ui
+from mdnet_dist import tracking
+from mdnet_dist.config import TrackingConfig
+from mdnet_dist.errors import InputError
+from tests.conftest import REPOSITORY
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """A prepared sqlite store; making one takes seconds, so the tests share it and each has a run of its own."""
+    store = tracking._sqlite_uri(tmp_path_factory.mktemp("store") / "runs" / "mlflow.db")
+    tracking.prepare_store(store)
+    return store
+
+
+def client_of(uri: str) -> Any:
+    """A client that has nothing to do with the tracker's."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def open_run(uri: str, folder: Path, parameters: dict[str, Any] | None = None, **options: Any) -> tracking.Tracker:
+    config = TrackingConfig(uri=uri, experiment="tests")
+    return tracking.open_tracker(config, folder, folder.name, parameters or {}, {}, **options)
+
+
+def history(uri: str, tracker: tracking.Tracker, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client_of(uri).get_metric_history(tracker.run_id, name)]
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [entry["step"] for entry in tracking.read_metrics(folder / tracking.METRICS_NAME)]
+
+
+# ------------------------------------------------------------------------------------------------------------ addresses
+
+
+def test_importing_the_file_does_not_import_mlflow():
+    code = "import sys, mdnet_dist.tracking, mdnet_dist.figures; print({'mlflow', 'matplotlib'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert run.stdout == "set()\n"
+
+
+def test_default_store_is_in_the_checkout_unless_the_environment_names_another(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.default_tracking_uri() == f"sqlite:///{REPOSITORY}/runs/mlflow.db"
+    assert tracking.default_tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.default_tracking_uri(tmp_path) == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "a?b", "a#b", "ü"])
+def test_odd_folder_names_survive_the_uri(tmp_path, name):
+    path = tmp_path / name / "mlflow.db"
+    assert tracking.database_path(tracking._sqlite_uri(path)) == path
+    assert tracking._checked_uri(tracking._sqlite_uri(path)) == tracking._sqlite_uri(path)
+
+
+def test_a_relative_sqlite_uri_becomes_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert tracking._checked_uri("sqlite:///x.db?timeout=3") == f"sqlite:///{tmp_path}/x.db?timeout=3"
+
+
+@pytest.mark.parametrize("bad", ["./mlruns", "mlruns", "file:///srv/mlruns", "", "sqlite://", "sqlite:///:memory:"])
+def test_stores_that_cannot_serve_are_refused_with_what_to_use_instead(tmp_path, bad):
+    with pytest.raises(InputError, match=r"tracking\.uri .*use sqlite:////absolute"):
+        tracking.prepare_store(bad)
+
+
+def test_a_server_that_does_not_answer_is_an_input_error_without_its_password(tmp_path):
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9 does not answer: .*refused") as caught:
+        open_run("http://someone:secret@127.0.0.1:9", tmp_path / "run")
+    assert "secret" not in str(caught.value)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_file_that_is_no_database_is_an_input_error(tmp_path):
+    (tmp_path / "x.db").write_text("this is text, not a database" * 100)
+    with pytest.raises(InputError, match=r"x\.db does not answer: .*not a database"):
+        tracking.prepare_store(f"sqlite:///{tmp_path}/x.db")
+
+
+# ---------------------------------------------------------------------------------------------------------- a real store
+
+
+def test_what_is_logged_can_be_read_back(uri, tmp_path, capfd):
+    parameters = {
+        "train.epochs": 3,
+        "data.fold": None,
+        "knots": [[0.0, 0.5]],
+        "text": "x" * 7000,
+        "ok": True,
+        "deepspeed.a(b)": "http://me:secret@host/",
+        **{f"many.{number}": number for number in range(250)},
+    }
+    tracker = open_run(uri, tmp_path / "run", parameters)
+    tracker.log_metrics({"train/loss_m": 0.5, "train/loss_l": float("nan"), "grades/N:C (ratio)": 1}, step=10)
+    tracker.log_metrics({"train/loss_m": 0.25, "beta": float("-inf")}, step=20)
+    (tmp_path / "run" / "report.txt").write_text("mild")
+    tracker.log_artifact(tmp_path / "run" / "report.txt", "reports")
+    (tmp_path / "outside.txt").write_text("x")
+    tracker.log_artifact(tmp_path / "outside.txt")
+    tracker.log_artifact(tmp_path / "run" / "never_written.txt")
+    (tmp_path / "run" / "folder").mkdir()
+    (tmp_path / "run" / "folder" / "b.txt").write_text("b")
+    tracker.log_artifact(tmp_path / "run" / "folder", "reports")
+    tracker.log_tags({"device": "cpu"})
+    tracker.close("FINISHED")
+    tracker.close("FAILED")
+    line = f"tracking: {tmp_path}/run/never_written.txt is gone, so MLflow does not get it\n"
+    assert capfd.readouterr() == ("", line), "MLflow's own lines are kept off the console"
+
+    client = client_of(uri)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
+    assert history(uri, tracker, "train/loss_m") == [(10, 0.5), (20, 0.25)]
+    assert set(run.data.metrics) == {"train/loss_m", "grades/N:C _ratio_"}, "values that are not finite stay here"
+    read = run.data.params
+    assert (read["train.epochs"], read["data.fold"], read["knots"], read["ok"]) == ("3", "null", "[[0.0, 0.5]]", "true")
+    assert read["deepspeed.a_b_"] == "http://host/"
+    assert len(read["text"]) == 6000 and read["text"].endswith("(cut; whole in the config artifact)")
+    assert read["many.249"] == "249"
+    assert run.data.tags["device"] == "cpu"
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["outside.txt", "reports"]
+    copy = client.download_artifacts(tracker.run_id, "reports/report.txt", str(tmp_path))
+    assert Path(copy).read_text() == "mild"
+    beside = tracking.database_path(uri).parent / "mlartifacts"
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(beside)
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [10, 20]
+    assert json.loads(lines[1])["metrics"] == {"train/loss_m": 0.25, "beta": "-inf"}
+    assert not (tmp_path / "run" / tracking.UNSENT_NAME).exists()
+    with pytest.raises(RuntimeError, match="closed"):
+        tracker.log_tags({"late": "yes"})
+
+
+def test_a_resumed_run_has_no_gap_and_no_doubles(uri, tmp_path, capfd):
+    folder = tmp_path / "run"
+    first = open_run(uri, folder, {"train.epochs": 1, "seed": 0})
+    for step in range(1, 11):
+        first.log_metrics({"loss": 1 / step}, step)
+    first.close("KILLED")
+    # What a kill leaves: points that were in memory and never reached the store, and half a line.
+    with open(folder / "metrics.jsonl", "a") as file:
+        for step in (11, 12, 13):
+            file.write(
+                json.dumps({"step": step, "time": 1e9 + step, "metrics": {"loss": 1 / step, "rare": 1.0}}) + "\n"
+            )
+        file.write('{"step": 14, "ti')
+
+    second = open_run(uri, folder, {"train.epochs": 2, "seed": 0, "new": 1}, resume=True, resume_step=12)
+    assert second.run_id == first.run_id
+    assert steps_in(folder) == list(range(1, 13))
+    for step in range(13, 21):
+        second.log_metrics({"loss": 1 / step}, step)
+    second.close("FINISHED")
+    third = open_run(uri, folder, {"train.epochs": 2}, resume=True, resume_step=5)
+    for step in range(6, 26):
+        third.log_metrics({"loss": 1 / step}, step)
+    wait_until(lambda: client_of(uri).get_run(first.run_id).info.status == "RUNNING")
+    third.close("FINISHED")
+
+    assert history(uri, first, "loss") == [(step, 1 / step) for step in range(1, 26)]
+    assert history(uri, first, "rare") == [(11, 1.0), (12, 1.0)]
+    assert steps_in(folder) == list(range(1, 26))
+    run = client_of(uri).get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.epochs": "1", "seed": "0", "new": "1"}
+    assert run.data.tags["changed.train.epochs"] == "2"
+    assert "changed.seed" not in run.data.tags
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_evaluation_appends_and_leaves_the_status(uri, tmp_path):
+    first = open_run(uri, tmp_path)
+    first.log_metrics({"test/bleu4": 0.5}, 100)
+    first.close("FAILED")
+    second = open_run(uri, tmp_path, resume=True)
+    second.log_metrics({"test/bleu4": 0.6}, 100)
+    second.close("FINISHED")
+    assert sorted(history(uri, first, "test/bleu4")) == [(100, 0.5), (100, 0.6)]
+    assert steps_in(tmp_path) == [100, 100]
+    assert client_of(uri).get_run(first.run_id).info.status == "FAILED"
+
+
+def test_starting_anew_in_the_same_folder_begins_another_run(uri, tmp_path):
+    first = open_run(uri, tmp_path)
+    first.log_metrics({"loss": 1.0}, 1)
+    first.close("FINISHED")
+    second = open_run(uri, tmp_path)
+    second.close("FINISHED")
+    assert second.run_id != first.run_id
+    assert steps_in(tmp_path) == []
+
+
+def test_a_run_that_was_deleted_is_begun_anew_with_all_its_points(uri, tmp_path):
+    first = open_run(uri, tmp_path)
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": float(step)}, step)
+    first.close("KILLED")
+    client_of(uri).delete_run(first.run_id)
+    second = open_run(uri, tmp_path, resume=True, resume_step=2)
+    second.close("FINISHED")
+    assert second.run_id != first.run_id
+    assert history(uri, second, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_run_deleted_while_training_is_said_once_and_training_goes_on(uri, tmp_path, capsys):
+    tracker = open_run(uri, tmp_path)
+    wait_until(lambda: not tracker._queue.qsize() and not tracker._on_its_way)
+    client_of(uri).delete_run(tracker.run_id)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.close("FINISHED")
+    assert f"MLflow refused metrics of run {tracker.run_id}" in capsys.readouterr().err
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_deleted_experiment_is_an_input_error(uri, tmp_path):
+    client = client_of(uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(InputError, match=r"tracking\.experiment 'gone' was deleted"):
+        tracking.open_tracker(TrackingConfig(uri=uri, experiment="gone"), tmp_path, "run", {}, {})
+
+
+def test_a_damaged_run_file_is_an_input_error(uri, tmp_path):
+    (tmp_path / "mlflow_run.json").write_text("{")
+    with pytest.raises(InputError, match=r"mlflow_run\.json: damaged"):
+        open_run(uri, tmp_path, resume=True, resume_step=1)
+
+
+def test_runs_nest_under_a_run_of_another_process(uri, tmp_path):
+    parent = open_run(uri, tmp_path / "search")
+    children = [open_run(uri, tmp_path / name, parent_run_id=parent.run_id) for name in ("a", "b")]
+    for tracker in (*children, parent):
+        tracker.close("FINISHED")
+    client = client_of(uri)
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.run_id}'")
+    assert {run.info.run_id for run in found} == {tracker.run_id for tracker in children}
+
+
+def test_run_tags_name_versions_and_nothing_of_the_machine():
+    tags = tracking.run_tags(2, "cpu")
+    assert {"git_commit", "python", "world_size", "device", "version.torch", "version.mlflow"} <= set(tags)
+    assert tags["world_size"] == "2"
+    assert socket.gethostname() not in " ".join(tags.values())
+    in_git = (REPOSITORY / ".git").exists()
+    assert (len(tags["git_commit"].removesuffix("-dirty")) == 40) == in_git
+
+
+# ----------------------------------------------------------------------------------------------------- stores that fail
+
+
+class FakeStore:
+    """A store in memory that fails as it is told; stands for MlflowClient. `points` counts (name, step, value)."""
+
+    def __init__(self) -> None:
+        self.points: Counter[tuple[str, int, float]] = Counter()
+        self.artifacts: list[str] = []
+        self.status = "RUNNING"
+        self.tags: dict[str, str] = {}
+        self.failures: list[str] = []  # for each coming request: "" works, "before" or "after" it was carried out
+        self.dead = False
+        self.artifacts_closed = False
+
+    def _request(self, carry_out: Any) -> None:
+        failure = "before" if self.dead else self.failures.pop(0) if self.failures else ""
+        if failure != "before":
+            carry_out()
+        if failure:
+            raise ConnectionError("[Errno 104] Connection reset by peer")
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="1", lifecycle_stage="active")
+
+    def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="fake"))
+
+    def get_run(self, run_id: str) -> Any:
+        self._request(lambda: None)
+        info = SimpleNamespace(lifecycle_stage="active")
+        return SimpleNamespace(info=info, data=SimpleNamespace(params={}))
+
+    def get_metric_history(self, run_id: str, name: str) -> list[Any]:
+        self._request(lambda: None)
+        return [SimpleNamespace(step=step) for key, step, _ in self.points if key == name]
+
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
+        def carry_out() -> None:
+            self.points.update((metric.key, metric.step, metric.value) for metric in metrics)
+            self.tags.update({tag.key: tag.value for tag in tags})
+
+        self._request(carry_out)
+
+    def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+        if self.artifacts_closed:
+            raise PermissionError("[Errno 13] Permission denied: '/mlartifacts'")
+        self._request(lambda: self.artifacts.append(Path(path).name))
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self._request(lambda: setattr(self, "status", status))
+
+    def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
+        self.update_run(run_id, status)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    store = FakeStore()
+
+    def connect(_uri: str) -> FakeStore:
+        store._request(lambda: None)
+        return store
+
+    monkeypatch.setattr(tracking, "_client", connect)
+    return store
+
+
+def wait_until(true: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+FAKE_URI = "http://tracker.invalid"
+
+
+def test_training_goes_on_when_the_store_dies_and_catches_up_when_it_is_back(fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
+    tracker = open_run(FAKE_URI, tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    wait_until(lambda: fake.points)
+    fake.dead = True
+    for step in range(2, 500):
+        tracker.log_metrics({"loss": 1.0 / step}, step)
+    (tmp_path / "a.txt").write_text("a")
+    tracker.log_artifact(tmp_path / "a.txt")
+    wait_until(lambda: (tmp_path / tracking.UNSENT_NAME).exists())
+    wait_until(lambda: not tracker._queue.qsize() and not tracker._on_its_way)
+    time.sleep(0.2)  # several attempts
+    fake.dead = False
+    wait_until(lambda: not (tmp_path / tracking.UNSENT_NAME).exists())
+    tracker.log_metrics({"loss": 0.0}, 500)
+    tracker.close("FINISHED")
+    assert sorted(step for _, step, _ in fake.points.elements()) == list(range(1, 501))
+    assert (fake.artifacts, fake.status) == (["a.txt"], "FINISHED")
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more, "said once"
+    assert FAKE_URI in line and "Connection reset" in line and "training goes on" in line
+
+
+def test_what_a_dead_store_did_not_get_is_kept_and_sent_later(fake, tmp_path, capsys, monkeypatch):
+    tracker = open_run(FAKE_URI, tmp_path / "run", {"seed": 1})
+    fake.dead = True
+    tracker.log_metrics({"loss": 1.0}, 1)
+    (tmp_path / "run" / "a.txt").write_text("a")
+    tracker.log_artifact(tmp_path / "run" / "a.txt")
+    tracker.log_tags({"best_step": "1"})
+    tracker.close("FAILED")
+    unsent = [json.loads(line) for line in (tmp_path / "run" / tracking.UNSENT_NAME).read_text().splitlines()]
+    assert {"metrics", "artifact", "tags", "status"} <= {operation["kind"] for operation in unsent}
+    closing_line = capsys.readouterr().err.splitlines()[-1]
+    assert f"`python -m mdnet_dist.tracking {tmp_path / 'run'}`" in closing_line
+
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.setattr(sys, "argv", ["tracking", str(moved)])
+    with pytest.raises(InputError, match="does not answer"):
+        tracking.main()
+    assert (moved / tracking.UNSENT_NAME).exists()
+    fake.dead = False
+    for _ in range(2):  # the second time there is nothing to do
+        tracking.main()
+        assert fake.points == {("loss", 1, 1.0): 1}
+        assert (set(fake.artifacts), fake.tags["best_step"], fake.status) == ({"a.txt"}, "1", "FAILED")
+        assert not (moved / tracking.UNSENT_NAME).exists()
+
+
+def test_sending_again_wants_a_run_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tracking", str(tmp_path)])
+    with pytest.raises(InputError, match=r"mlflow_run\.json: no such file"):
+        tracking.main()
+    monkeypatch.setattr(sys, "argv", ["tracking"])
+    with pytest.raises(InputError, match="usage"):
+        tracking.main()
+
+
+def test_a_store_that_is_down_when_a_run_resumes_does_not_stop_it(fake, tmp_path, capsys):
+    tracker = open_run(FAKE_URI, tmp_path)
+    for step in range(1, 9):
+        tracker.log_metrics({"loss": float(step)}, step)
+    tracker.close("KILLED")
+    fake.dead = True
+    tracker = open_run(FAKE_URI, tmp_path, resume=True, resume_step=6)
+    for step in range(7, 11):
+        tracker.log_metrics({"loss": float(step)}, step)
+    tracker.close("FINISHED")
+    assert "training goes on" in capsys.readouterr().err
+    fake.dead = False
+    tracking.send_again(tmp_path)
+    assert fake.points == {("loss", step, float(step)): 1 for step in range(1, 11)}
+    assert fake.status == "FINISHED"
+
+
+def test_closed_artifact_storage_holds_up_nothing_else(fake, tmp_path):
+    tracker = open_run(FAKE_URI, tmp_path)
+    fake.artifacts_closed = True
+    for step in (1, 2):
+        (tmp_path / f"{step}.txt").write_text("x")
+        tracker.log_artifact(tmp_path / f"{step}.txt")
+        tracker.log_metrics({"loss": 1.0}, step)
+    tracker.close("FINISHED")
+    assert (fake.points.total(), fake.status) == (2, "FINISHED")
+    unsent = (tmp_path / tracking.UNSENT_NAME).read_text().splitlines()
+    assert [json.loads(line)["path"] for line in unsent] == ["1.txt", "2.txt"]
+    fake.artifacts_closed = False
+    tracking.send_again(tmp_path)
+    assert fake.artifacts == ["1.txt", "2.txt"]
+
+
+def test_a_store_that_hangs_holds_up_neither_training_nor_closing(fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tracking, "QUEUE_OPERATIONS", 50)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
+    tracker = open_run(FAKE_URI, tmp_path)
+    released = threading.Event()
+    monkeypatch.setattr(fake, "log_batch", lambda *arguments, **named: released.wait())
+    start = time.monotonic()
+    for step in range(1000):
+        tracker.log_metrics({"loss": 1.0}, step)
+    tracker.close("FINISHED")
+    assert time.monotonic() - start < 5
+    content = (tmp_path / tracking.UNSENT_NAME).read_bytes()
+    kept = {json.loads(line).get("step") for line in content.splitlines()}
+    assert set(range(1000)) <= kept
+    assert "has not got everything" in capsys.readouterr().err
+    released.set()
+    tracker._thread.join(10)
+    assert not tracker._thread.is_alive()
+    assert (tmp_path / tracking.UNSENT_NAME).read_bytes() == content, "a thread that wakes up late changes nothing"
+
+
+def test_a_run_folder_that_cannot_be_written_does_not_end_training(fake, tmp_path, capsys):
+    tracker = open_run(FAKE_URI, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    for step in (1, 2):
+        tracker.log_metrics({"loss": 1.0}, step)
+    tracker.close("FINISHED")
+    assert fake.points.total() == 2
+    assert capsys.readouterr().err.count("it will lack points") == 1
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_point_arrives_once_through_failures_kills_and_resumes(data, tmp_path_factory):
+    """A store that fails before or after carrying out a request, and jobs that die with points in memory."""
+    folder, store = tmp_path_factory.mktemp("run"), FakeStore()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "RETRY_SECONDS", 0.0)
+        patch.setattr(tracking, "BATCH_OPERATIONS", data.draw(st.integers(1, 4)))
+        patch.setattr(tracking, "say", lambda line: None)
+        step, life = 0, 0
+        while step < 20:
+            client = DyingClient(store)  # each life has its own, dead with it
+            patch.setattr(tracking, "_client", lambda uri, client=client: client)
+            tracker = open_run(FAKE_URI, folder, resume=life > 0, resume_step=step if life else None)
+            # Whoever comes next asks and sends through a store that fails now and then.
+            store.failures = data.draw(st.lists(st.sampled_from(["", "before", "after"]), max_size=8))
+            last = data.draw(st.integers(step, 20))
+            for number in range(step + 1, last + 1):
+                tracker.log_metrics({"a": number / 2, "b": float("nan") if number % 3 else 1.0}, number)
+            if data.draw(st.booleans(), label="killed"):
+                client.dies_after = data.draw(st.integers(0, 3))
+                tracker._unsent._sealed = data.draw(st.booleans())  # killed before or after it was written
+                tracker._queue.put(None)
+                tracker._thread.join()
+                client.dies_after = 0
+                step = data.draw(st.integers(0, last))  # the last checkpoint
+            else:
+                tracker.close("FINISHED")
+                step = last
+            life += 1
+        store.failures = []
+        patch.setattr(tracking, "_client", lambda uri: store)
+        tracking.send_again(folder)
+    expected = {("a", number, number / 2): 1 for number in range(1, 21)}
+    expected |= {("b", number, 1.0): 1 for number in range(3, 21, 3)}
+    assert store.points == expected
+    assert steps_in(folder) == list(range(1, 21))
+
+
+class DyingClient:
+    """Passes requests on to a store until its process dies."""
+
+    def __init__(self, store: FakeStore) -> None:
+        self._store = store
+        self.dies_after: int | None = None  # requests; None: lives
+
+    def __getattr__(self, name: str) -> Any:
+        if self.dies_after is not None:
+            if self.dies_after == 0:
+                raise ConnectionError("dead")
+            self.dies_after -= 1
+        return getattr(self._store, name)
+
+
+# --------------------------------------------------------------------------------------------------------------- the UI
+
+
+def test_the_ui_says_what_to_do_where_there_is_no_store(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(sys, "argv", ["mlflow_ui.py"])
+    with pytest.raises(InputError, match=r"mlflow\.db: no such file, so there are no runs yet; `make train`"):
+        mlflow_ui.main()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracker.invalid")
+    mlflow_ui.main()
+    assert capsys.readouterr().out == "The runs are on an MLflow server already: https://tracker.invalid\n"
+
+
+def test_the_ui_takes_the_next_free_port_but_insists_on_a_wanted_one(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(mlflow_ui, "FIRST_PORT", port)
+        assert mlflow_ui.choose_port(None) > port
+        with pytest.raises(InputError, match=f"--port {port}: .*in use"):
+            mlflow_ui.choose_port(port)
+    with pytest.raises(InputError, match="--port 70000"):
+        mlflow_ui.choose_port(70000)
+
+
+# ------------------------------------------------------------------------------------------------------ real processes
+
+LOGS = """
+import sys
+from pathlib import Path
+from mdnet_dist.config import TrackingConfig
+from mdnet_dist.tracking import open_tracker
+uri, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+tracker = open_tracker(TrackingConfig(uri=uri), folder, folder.name, {"seed": 1}, {"device": "cpu"})
+print(tracker.run_id, flush=True)
+for step in range(1, steps + 1):
+    tracker.log_metrics({"loss": 1 / step}, step)
+tracker.close("FINISHED")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """A real MLflow server that answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "ab") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
+        )
+    mlflow_ui.wait_until_it_answers(server, port)
+    assert server.poll() is None, (folder / "server.log").read_text()
+    return server
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_start_at_once_on_a_store_that_does_not_exist_yet(tmp_path):
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOGS, uri, str(tmp_path / name), "300"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+        )
+        for name in ("a", "b")
+    ]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [error for _, error in outputs] == ["", ""], "MLflow's own lines are kept off the console"
+    client = client_of(uri)
+    for run_id, _ in outputs:
+        assert run_id.count("\n") == 1
+        steps = [point.step for point in client.get_metric_history(run_id.strip(), "loss")]
+        assert steps == list(range(1, 301))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "runs"}
+
+
+@pytest.mark.slow
+def test_a_killed_job_leaves_no_gap(uri, tmp_path):
+    command = [sys.executable, "-c", LOGS, uri, str(tmp_path), "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        run_id = process.stdout.readline().strip()
+        wait_until(lambda: len(steps_in(tmp_path)) > 2000)
+        process.kill()
+    logged = len(steps_in(tmp_path))
+    tracker = open_run(uri, tmp_path, resume=True, resume_step=logged - 100)
+    for step in range(logged - 99, logged + 11):
+        tracker.log_metrics({"loss": 1 / step}, step)
+    tracker.close("FINISHED")
+    assert tracker.run_id == run_id
+    assert [step for step, _ in history(uri, tracker, "loss")] == list(range(1, logged + 11))
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_killed_and_comes_back(tmp_path):
+    port, folder = free_port(), tmp_path / "run"
+    uri = f"http://127.0.0.1:{port}"
+    server = start_server(tmp_path, port)
+    try:
+        tracker = open_run(uri, folder, {"seed": 1})
+        assert tracker.url.startswith(f"{uri}/#/experiments/")
+        for step in range(1, 101):
+            tracker.log_metrics({"loss": 1 / step}, step)
+        wait_until(lambda: len(history(uri, tracker, "loss")) == 100)
+        kill(server)
+        (folder / "report.txt").write_text("mild")
+        for step in range(101, 201):
+            tracker.log_metrics({"loss": 1 / step}, step)
+        tracker.log_artifact(folder / "report.txt", "reports")
+        start = time.monotonic()
+        tracker.close("FINISHED")
+        assert time.monotonic() - start < tracking.CLOSE_SECONDS + 1
+        assert (folder / tracking.UNSENT_NAME).exists()
+
+        again = [sys.executable, "-m", "mdnet_dist.tracking", str(folder)]
+        refused = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.count("\n") == 1 and f"MLflow store {uri} does not answer" in refused.stderr
+        server = start_server(tmp_path, port)
+        sent = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert (sent.returncode, sent.stderr) == (0, "")
+        assert sent.stdout == f"{folder}: its MLflow store has everything\n"
+
+        assert history(uri, tracker, "loss") == [(step, 1 / step) for step in range(1, 201)]
+        client = client_of(uri)
+        assert client.get_run(tracker.run_id).info.status == "FINISHED"
+        copy = client.download_artifacts(tracker.run_id, "reports/report.txt", str(tmp_path))
+        assert Path(copy).read_text() == "mild"
+        assert not (folder / tracking.UNSENT_NAME).exists()
+    finally:
+        kill(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_ui_answers_shows_artifacts_and_leaves_no_process(uri, tmp_path, how):
+    tracker = open_run(uri, tmp_path)
+    (tmp_path / "report.txt").write_text("mild")
+    tracker.log_artifact(tmp_path / "report.txt", "reports")
+    tracker.close("FINISHED")
+    command = [sys.executable, str(REPOSITORY / "launch" / "mlflow_ui.py"), "--port", str(free_port()), "--uri", uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path) as ui:
+        line = ui.stdout.readline()
+        address = line.split()[2]
+        assert line == f"MLflow UI: {address} (Ctrl-C stops it)\n" and address.startswith("http://127.0.0.1:")
+        assert b"<title>MLflow" in fetch(address)
+        assert fetch(f"{address}/get-artifact?path=reports/report.txt&run_uuid={tracker.run_id}") == b"mild"
+        children = descendants(ui.pid)
+        assert len(children) >= 2
+        ui.send_signal(how)
+        assert ui.wait(20) == 0
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def fetch(address: str) -> bytes:
+    from urllib.request import ProxyHandler, build_opener
+
+    with build_opener(ProxyHandler({})).open(address, timeout=30) as answer:
+        return bytes(answer.read())
+
+
+def descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [found for child in map(int, children) for found in (child, *descendants(child))]
