@@ -20,6 +20,8 @@ from mdnet_dist.images import decode_image, decode_mask, encode_jpeg, encode_mas
 MAX_FILE_BYTES = 1 << 30
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Tables, frames, scans, restart intervals and line counts: all that decoding needs.
+_JPEG_KEPT = {*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD} - {0xC8}
 _PNG_KEPT = (b"IHDR", b"IDAT", b"IEND")  # and so neither palette nor transparency: such files are converted
 # A marker inside or behind compressed data: not a stuffed zero byte, not a restart marker, not a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -57,7 +59,7 @@ def prepare_pixels(image_path: Path, mask_path: Path | None, where: str, max_sid
             return Pixels(image=encode_jpeg(image), extension="jpg", mask=mask_png)
         return Pixels(image=encode_png(image), extension="png", mask=mask_png)
     bare, extension = (strip_jpeg(raw), "jpg") if raw.startswith(b"\xff\xd8") else (strip_png(raw), "png")
-    if bare is None or dicom or not _shows(bare, image, where):
+    if bare is None or dicom or (bare != raw and not _shows(bare, image, where)):
         bare, extension = encode_png(image), "png"
     return Pixels(image=bare, extension=extension, mask=mask_png)
 
@@ -84,7 +86,7 @@ def strip_jpeg(raw: bytes) -> bytes | None:
             return b"".join([*pieces, b"\xff\xd9"])
         length = int.from_bytes(raw[at + 2 : at + 4], "big")
         segment = raw[at : at + 2 + length]
-        if length < 2 or len(segment) < 2 + length or marker <= 0x01 or 0xD0 <= marker <= 0xD8:
+        if length < 2 or len(segment) < 2 + length:
             return None
         at += 2 + length
         payload = segment[4:]
@@ -94,9 +96,11 @@ def strip_jpeg(raw: bytes) -> bytes | None:
             pieces.append(b"\xff\xee\x00\x0e" + payload[:12])
         elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
             continue  # application data and comments
+        elif marker not in _JPEG_KEPT:
+            return None
         else:
             # Start of frame: its sixth byte is the number of components.
-            is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+            is_frame = marker <= 0xCF and marker not in (0xC4, 0xCC)
             if is_frame and payload[5:6] not in (b"\x01", b"\x03"):
                 return None
             pieces.append(segment)

@@ -82,7 +82,7 @@ def draw_field(grades: dict[str, str], style: Style, size_px: int, rng: np.rando
         grades = {**UNDERNEATH, "polarity": str(rng.choice(list(LOST_SHARE))), "conclusion": "low grade"}
     depth, thickness = _architecture(grades["conclusion"], unclear, size_px, r, rng)
     # Where polarity is lost, the umbrella cells are gone too and the surface is ragged.
-    lost = _share_of((depth > 0) & (depth < thickness), LOST_SHARE[grades["polarity"]], 5 * r, rng)
+    lost = _share_of((depth > 0) & (depth < thickness), LOST_SHARE[grades["polarity"]], 9 * r, rng)
     thickness = thickness + np.where(lost, 0.55 * r, 0.10 * r) * _noise(size_px, 1.5 * r, rng)
     urothelium = (depth > 0) & (depth < thickness)
 

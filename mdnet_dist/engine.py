@@ -8,6 +8,7 @@ ranks. So a checkpoint written under one of them continues under another.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import RunConfig
-from mdnet_dist.distributed import is_first, local_device, prepare_environment, sum_over_ranks, world_size
+from mdnet_dist.distributed import local_device, prepare_environment, sum_over_ranks, world_size
 from mdnet_dist.model.mdnet import Losses, MDNet
 from mdnet_dist.optimizer import STATE_KEYS, PartOptimizer
 from mdnet_dist.plan import accumulation_steps
@@ -43,7 +44,8 @@ def start_processes() -> torch.device:
     deepspeed = _import_deepspeed()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of compiling its shared-memory operator
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
 
 
@@ -97,8 +99,10 @@ class Engine:
             {name: part.parameters() for name, part in network.parts().items()}, config.optimizer
         )
         deepspeed = _import_deepspeed()
-        network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with contextlib.redirect_stdout(None) if not is_first() else contextlib.nullcontext():
+        # Weights stay in their usual layout, which DeepSpeed's broadcast and ZeRO's flat buffers need; images come
+        # channels last, and convolutions follow their input.
+        network = network.to(device)
+        with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=network,
                 optimizer=self.optimizer,

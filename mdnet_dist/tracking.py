@@ -502,7 +502,10 @@ class Tracker:
             self._queue.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         # A thread that still runs hangs in a request: what it holds counts as not sent.
-        self._keep([*self._on_its_way, *self._drain()] if self._thread.is_alive() else [], last=True)
+        hangs = self._thread.is_alive()
+        self._keep([*self._on_its_way, *self._drain()] if hangs else [], last=True)
+        if hangs:
+            self._queue.put(None)  # so that it ends when it wakes up
         if self._unsent:
             say(
                 f"{self.uri} has not got everything; the rest is in {self._unsent.path}, and "

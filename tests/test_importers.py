@@ -434,6 +434,25 @@ def test_jpeg_pixels_are_copied_not_compressed_again(options: dict[str, Any], mo
         assert strip_jpeg(plain[:end]) is None
 
 
+def test_jpeg_headers_keep_only_what_decoding_needs() -> None:
+    image = picture(1)
+    plain = saved(image, "JPEG")
+    head, start = plain[:2], 2 + 2 + int.from_bytes(plain[4:6], "big")
+    jfif = plain[6:start]
+
+    def segment(marker: int, payload: bytes) -> bytes:
+        return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+    thumbnail = segment(0xE0, jfif[:12] + b"\x01\x01" + b"JRO") + segment(0xE0, b"JFXX\0\x13" + NAME.encode())
+    assert strip_jpeg(head + thumbnail + plain[start:]) == plain
+    adobe = b"Adobe\0\x64\0\0\0\0\x01"  # its last byte says that the colours are YCbCr
+    cut = strip_jpeg(head + segment(0xEE, adobe + NAME.encode()) + plain[start:])
+    assert cut == head + segment(0xEE, adobe) + plain[start:]
+    assert strip_jpeg(head + b"\xff\xff" + plain[2:]) == plain, "fill bytes before a marker are legal"
+    assert strip_jpeg(head + segment(0xF0, NAME.encode()) + plain[2:]) is None, "a segment nobody knows"
+    assert strip_jpeg(saved(image.convert("CMYK"), "JPEG")) is None
+
+
 def test_png_pixels_are_copied() -> None:
     text = PngInfo()
     text.add_text("Patient", NAME)

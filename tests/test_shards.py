@@ -7,9 +7,12 @@ import hashlib
 import io
 import json
 import re
+import resource
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -341,6 +344,47 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(interrupted(), tmp_path / "set", name="x", topics=TOPICS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"set: cannot be written \(File too large\)"):
+            write([make_sample(n) for n in range(50)], tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_program_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "data_shards",
+            "synth",
+            "--out",
+            str(tmp_path / "set"),
+            "--images",
+            "5000",
+            "--size",
+            "64",
+        ],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # Not before the first sample is written: a worker process that is just starting would say that it was cut off.
+    while not any(spool.stat().st_size for spool in tmp_path.glob(".set.*/spool")):
+        assert program.poll() is None, program.stderr and program.stderr.read()
+        time.sleep(0.05)
+    program.send_signal(number)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
