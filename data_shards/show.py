@@ -68,13 +68,15 @@ def show_set(
     total = sum(shard.samples for shard in shards)
     if total < 1:
         raise InputError(f"{folder}: part '{part}' has no samples")
-    chosen = sorted(random.Random(seed).sample(range(total), min(count, total)))
+    chosen = sorted(random.Random(seed).sample(range(min(total, 1 << 62)), min(count, total)))
     shown, start = [], 0
     for shard in shards:
         numbers = {number - start for number in chosen if start <= number < start + shard.samples}
         if numbers:
             shown += _read(folder / shard.file, numbers, manifest.topics)
         start += shard.samples
+    if len(shown) < len(chosen):
+        raise InputError(f"{folder}: fewer samples than the manifest says; `python -m data_shards verify` finds where")
     picture = draw_grid(shown, manifest.topics, f"{manifest.name}, {part}", masks)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def choose_mitoses(
         r: radius of an average nucleus.
         rng: source of all randomness.
     """
-    count = max(LEAST_MITOSES[grade], int(rng.poisson(0.15) + MITOSES_PER_AREA[grade] * area / r**2 + rng.random()))
+    count = max(LEAST_MITOSES[grade], int(rng.poisson(0.05) + MITOSES_PER_AREA[grade] * area / r**2 + rng.random()))
     inside = np.flatnonzero(height < HIGHEST_MITOSIS[grade])
     chosen = np.zeros(len(nuclei), np.bool_)
     distance = np.full(len(nuclei), np.inf)

@@ -103,8 +103,16 @@ def _chromosomes(angle: float, atypical: float, rng: np.random.Generator) -> Flo
     return (points + rng.normal(0, 0.06, points.shape)).astype(np.float32)
 
 
-def paint_cells(eosin: Floats, inside: Bools, nuclei: Nuclei, r: float) -> None:
-    """Paint the cytoplasm of each nucleus: pale around it, denser towards the border with the next cell."""
+def paint_cells(eosin: Floats, inside: Bools, lost: Bools, nuclei: Nuclei, r: float) -> None:
+    """Paint the cytoplasm of each nucleus up to the border with the next cell.
+
+    Args:
+        eosin: the map.
+        inside: (S, S) the urothelium.
+        lost: (S, S) where polarity is lost: cells no longer hold together, and borders are pale gaps.
+        nuclei: of all cells.
+        r: radius of an average nucleus.
+    """
     if not len(nuclei):
         return
     side = len(eosin)
@@ -118,7 +126,7 @@ def paint_cells(eosin: Floats, inside: Bools, nuclei: Nuclei, r: float) -> None:
         np.minimum(second[area], np.maximum(near, here), out=second[area])
         np.minimum(near, here, out=near)
     border = np.clip(1 - (second - nearest) / (0.30 * r), 0, 1) * (nearest < 3 * r)
-    eosin += inside * (0.20 * border + 0.05 * np.clip(nearest / (2 * r), 0, 1) - 0.04)
+    eosin += inside * (np.where(lost, -0.30, 0.20) * border + 0.05 * np.clip(nearest / (2 * r), 0, 1) - 0.04)
 
 
 def _offsets(x: Floats, y: Floats, reach: int) -> tuple[Floats, Floats]:

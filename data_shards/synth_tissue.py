@@ -82,11 +82,12 @@ def draw_field(grades: dict[str, str], style: Style, size_px: int, rng: np.rando
         grades = {**UNDERNEATH, "polarity": str(rng.choice(list(LOST_SHARE))), "conclusion": "low grade"}
     depth, thickness = _architecture(grades["conclusion"], unclear, size_px, r, rng)
     # Where polarity is lost, the umbrella cells are gone too and the surface is ragged.
-    lost = _share_of((depth > 0) & (depth < thickness), LOST_SHARE[grades["polarity"]], 9 * r, rng)
-    thickness = thickness + np.where(lost, 0.55 * r, 0.10 * r) * _noise(size_px, 1.5 * r, rng)
+    disorder = _patches((depth > 0) & (depth < thickness), LOST_SHARE[grades["polarity"]], 9 * r, rng)
+    lost = disorder > 0.5
+    thickness = thickness + (0.10 + 0.45 * disorder) * r * _noise(size_px, 1.5 * r, rng)
     urothelium = (depth > 0) & (depth < thickness)
 
-    haematoxylin, eosin = _ground(depth, thickness, lost, r, rng)
+    haematoxylin, eosin = _ground(depth, thickness, disorder, r, rng)
     gradient_y, gradient_x = np.gradient(depth)
     upward = np.arctan2(gradient_y, gradient_x)
     _paint_stroma(haematoxylin, eosin, depth, upward, r, rng)
@@ -94,7 +95,7 @@ def draw_field(grades: dict[str, str], style: Style, size_px: int, rng: np.rando
     nuclei = place_nuclei(grades, allowed if allowed.any() else urothelium, depth, upward, lost, r, rng)
     at = nuclei.y.astype(int), nuclei.x.astype(int)
     dividing = choose_mitoses(grades["mitosis"], nuclei, depth[at] / thickness[at], float(urothelium.sum()), r, rng)
-    paint_cells(eosin, urothelium, nuclei, r)
+    paint_cells(eosin, urothelium, lost, nuclei, r)
     paint_nuclei(haematoxylin, eosin, nuclei.where(~dividing))
     haematoxylin *= 1 + 0.13 * _noise(size_px, 0.4 * r, rng)  # chromatin is granular
     atypical = 0.25 if grades["conclusion"] == "high grade" else 0.0
@@ -165,7 +166,9 @@ def _papillae(
     return _enlarge(nearest, size_px), _enlarge(np.maximum(local, 2 * r), size_px)
 
 
-def _ground(depth: Floats, thickness: Floats, lost: Bools, r: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
+def _ground(
+    depth: Floats, thickness: Floats, disorder: Floats, r: float, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
     """Maps of haematoxylin and eosin (S, S) before any nucleus: lumen, cytoplasm, fibres, basement membrane."""
     side = len(depth)
     cloud = _noise(side, 2.5 * r, rng)
@@ -173,12 +176,12 @@ def _ground(depth: Floats, thickness: Floats, lost: Bools, r: float, rng: np.ran
     fibres = np.sin(phase) * np.clip(0.6 + 0.5 * cloud, 0, 1.3)
     stroma = np.clip(-depth / (0.3 * r) + 0.5, 0, 1)
     surface = np.clip((thickness - depth) / 1.2 + 0.5, 0, 1)
-    umbrella = np.clip(1.3 - (thickness - depth) / (1.5 * r), 0, 1) * ~lost
+    umbrella = np.clip(1.3 - (thickness - depth) / (1.5 * r), 0, 1) * (1 - disorder)
     cytoplasm = 0.40 + 0.04 * cloud + 0.32 * umbrella
     connective = 0.62 + 0.14 * fibres + 0.07 * cloud
     debris = 0.10 * np.clip(_noise(side, 0.8 * r, rng) - 1.7, 0, 1)
     eosin = surface * (stroma * connective + (1 - stroma) * cytoplasm) + (1 - surface) * debris
-    eosin += np.where(lost, 0.08, 0.32) * np.exp(-((depth / (0.28 * r)) ** 2)) * surface
+    eosin += (0.32 - 0.24 * disorder) * np.exp(-((depth / (0.28 * r)) ** 2)) * surface
     haematoxylin = surface * (0.10 - 0.04 * stroma + 0.02 * cloud) + (1 - surface) * 0.01
     return haematoxylin.astype(np.float32), eosin.astype(np.float32)
 
@@ -190,7 +193,7 @@ def _paint_stroma(
     side = len(depth)
     deep = np.flatnonzero(depth < -1.2 * r)
     rows, columns = np.mgrid[:side, :side].astype(np.float32)
-    for centre in rng.choice(deep, size=min(12, int(rng.poisson(len(deep) / (40 * r * r)))) if len(deep) else 0):
+    for centre in rng.choice(deep, size=min(12, int(rng.poisson(len(deep) / (60 * r * r)))) if len(deep) else 0):
         y, x = divmod(int(centre), side)
         angle = upward[y, x] + np.pi / 2
         dx, dy = columns - x, rows - y
@@ -251,13 +254,12 @@ def _photograph(
     return np.clip(seen + 0.5, 0, 255).astype(np.uint8)
 
 
-def _share_of(region: Bools, share: float, scale: float, rng: np.random.Generator) -> Bools:
-    """Patches (S, S) that cover this share of the region, `scale` pixels apart."""
+def _patches(region: Bools, share: float, scale: float, rng: np.random.Generator) -> Floats:
+    """A map, (S, S), that is 1 in patches covering this share of the region and 0 elsewhere, with soft borders."""
     noise = _noise(len(region), scale, rng)
     if share in (0.0, 1.0):
-        return np.full(region.shape, share == 1.0)
-    patches: Bools = noise < np.quantile(noise[region], share)
-    return patches
+        return np.full_like(noise, share)
+    return np.clip((np.quantile(noise[region], share) - noise) / 0.4 + 0.5, 0, 1).astype(np.float32)
 
 
 def _noise(side: int, scale: float, rng: np.random.Generator) -> Floats:

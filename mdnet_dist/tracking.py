@@ -614,9 +614,10 @@ def open_tracker(
             run_id = client.create_run(experiment_id, run_name=run_name, tags=nesting).info.run_id
             run = {"uri": without_password(uri), "experiment_id": experiment_id, "run_id": run_id}
     except Exception as error:
+        if not run and isinstance(error, InputError):
+            raise
         if not run:
-            refused = f"MLflow store {without_password(uri)} refuses a new run: {_reason(error)}"
-            raise error if isinstance(error, InputError) else InputError(refused) from error
+            raise InputError(f"MLflow store {without_password(uri)} refuses a new run: {_reason(error)}") from error
         say(f"{_reason(error)}; training goes on, and {run_folder / UNSENT_NAME} keeps what it has not got")
     write_atomically(run_folder / RUN_NAME, json.dumps(run, indent=1) + "\n")
 

@@ -205,7 +205,7 @@ def test_a_set_has_what_was_put_in(tmp_path: Path) -> None:
 
 def test_statistics_are_those_of_the_samples(tmp_path: Path) -> None:
     samples = [make_sample(n, extra_masks={}) for n in (0, 1, 60)]
-    small = np.zeros((2, 2, 3), dtype=np.uint8)
+    small = np.full((2, 2, 3), 90, dtype=np.uint8)
     samples[0] = replace(samples[0], image=encode_png(Image.fromarray(small)))
     samples[1] = replace(samples[1], record=replace(samples[1].record, label=None))
     write(samples, tmp_path / "set")
@@ -550,6 +550,15 @@ def test_show_draws_a_picture(shard_set: Path, tmp_path: Path) -> None:
         show_set(shard_set, tmp_path / "d.png", part="vall")
     with pytest.raises(InputError, match=r"must end with \.png"):
         show_set(shard_set, tmp_path / "d.jpg")
+
+
+def test_show_says_when_samples_are_missing(shard_set: Path, tmp_path: Path) -> None:
+    for samples in (500, 10**30):
+        raw = json.loads((shard_set / "manifest.json").read_text())
+        raw["shards"][0]["samples"] = samples
+        (shard_set / "manifest.json").write_text(json.dumps(raw))
+        with pytest.raises(InputError, match="fewer samples than the manifest says"):
+            show_set(shard_set, tmp_path / "a.png")
 
 
 def test_show_draws_any_text(tmp_path: Path) -> None:
