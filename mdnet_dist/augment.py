@@ -29,7 +29,8 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     """
     # Every draw is made whether it is used or not: turning one change on does not alter the others' randomness.
     turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-    shift = rng.integers(-config.shift_px, config.shift_px + 1, size=2)
+    # Not rng.integers, which draws as often as its bounds need.
+    shift = np.floor(rng.random(2) * (2 * config.shift_px + 1)).astype(int) - config.shift_px
     stain, brightness = rng.standard_normal(2), rng.standard_normal()
 
     if config.quarter_turns:
@@ -50,7 +51,7 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
     if config.brightness:
         # Lamp and exposure vary. One factor for all channels keeps contrasts; keep it small where density is reported.
         factor = max(0.0, 1 + config.brightness * brightness)
-        image = np.clip(image * factor, 0, 255).astype(np.uint8)
+        image = np.rint(np.clip(image * factor, 0, 255)).astype(np.uint8)
     return np.ascontiguousarray(image)
 
 
@@ -66,4 +67,4 @@ def _restain(image: np.ndarray, strengths: np.ndarray) -> np.ndarray:
     scale = np.diag([max(0.0, strengths[0]), max(0.0, strengths[1]), 1.0])
     change = (np.linalg.inv(STAINS) @ scale @ STAINS).astype(np.float32)
     density = -np.log((image.astype(np.float32) + 1) / 256)
-    return np.clip(256 * np.exp(-(density @ change)) - 1, 0, 255).astype(np.uint8)
+    return np.rint(np.clip(256 * np.exp(-(density @ change)) - 1, 0, 255)).astype(np.uint8)

@@ -26,6 +26,7 @@ from mdnet_dist.errors import InputError
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
 _OPTIMIZER_KEY = "optimizer:"
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +48,48 @@ def save_checkpoint(
 
     Returns:
         its folder.
+
+    Raises:
+        InputError: it cannot be written: a full disk, a folder that is read-only or not a folder.
     """
     folder = run_folder / FOLDER / f"step-{progress.step:08d}"
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _aside(folder)
     try:
+        _clean_up(folder.parent)
+        aside.mkdir(parents=True)
         tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
         save_file({key: value.contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
         for path in (aside / "state.safetensors", aside / "state.json", aside):
             _synchronise(path)
         if folder.exists():  # the same step again, after a resume: the same content
-            shutil.rmtree(folder)
+            _delete(folder)
         aside.rename(folder)
         _synchronise(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{folder}: cannot be written ({reason}); make room there, then --resume") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """A name for a checkpoint that is not whole, or no longer."""
+    return folder.with_name(f".{folder.name}{_PARTIAL}")
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what a writer left that was killed; there is one writer to a run."""
+    for path in folder.glob(f".step-*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Remove a checkpoint, whole or not at all: half of one must not stay under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted{_PARTIAL}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _synchronise(path: Path) -> None:
@@ -130,4 +155,4 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_best: int) -> None:
     kept = {*found[-keep_last:], *scored[:keep_best]}
     for path in found:
         if path not in kept:
-            shutil.rmtree(path)
+            _delete(path)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 from mdnet_dist.errors import InputError, nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
@@ -48,21 +50,21 @@ class DataConfig(Section):
 
     shards: str
     """Folder of the shard set (with its manifest.json), as `python -m data_shards` writes it."""
-    fold: Annotated[int, Field(ge=0)] | None = None
+    fold: Count | None = None
     """With a set dealt into F folds: test on this fold, validate on the next (cyclically), train on the others.
     Null for a set with train, val and test."""
-    image_size: Annotated[int, Field(ge=16)] = 224
+    image_size: Annotated[int, Field(ge=16, le=8192)] = 224
     """Side in px of the square the network sees."""
     fit: Literal["pad", "crop", "stretch"] = "pad"
     """How an image that is not square becomes one: the whole image on a border of its own mean colour (pad), the
     central square (crop: loses the border), or unequal scaling (stretch: changes shapes)."""
     reports_per_image: Positive = 1
     """R: reports drawn for each image at each step, without repetition; an image with fewer gives all it has."""
-    max_tokens: Annotated[int, Field(ge=2)] = 40
+    max_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 40
     """Longest sentence in tokens, its end token included; longer ones are cut in training and counted at the start."""
     min_word_count: Positive = 1
     """Words that occur less often in the training parts become <unk>."""
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Count = 1
     """Loader processes for each rank; 0 reads in the training process."""
     shuffle_window: Positive = 4096
     """Samples, over all ranks, within which the order is shuffled while shards are read in sequence; bounds memory."""
@@ -76,7 +78,7 @@ class AugmentConfig(Section):
     """Mirror left and right with probability 1/2. Not for images whose reports say left or right."""
     quarter_turns: bool = False
     """Rotate by 0, 90, 180 or 270 degrees. Only for images without an up side, such as histology."""
-    shift_px: Annotated[int, Field(ge=0)] = 0
+    shift_px: Count = 0
     """Move by up to so many px along each axis, the border reflected."""
     stain: NotNegative = 0.0
     """Standard deviation of the change of each stain's strength (haematoxylin, eosin); 0.1 is moderate. H&E only."""
@@ -91,15 +93,16 @@ class MedicalImageModel(Section):
     """D for medical images: 7x7 stride-2 stem, pooling, stages of bottleneck units (DESIGN.md section 3)."""
 
     form: Literal["medical"] = "medical"
+    """Chooses this section."""
     stem_channels: Positive = 64
     """Channels out of the 7x7 stem."""
     stage_channels: list[Positive] = [64, 128, 256, 256]
     """nOut of each stage: what a concatenated unit adds. A stage is 2 x nOut wide at concat_depth 0 and 1."""
     units_per_stage: list[Positive] = [3, 4, 6, 3]
     """Bottleneck units in each stage."""
-    stage_strides: list[Literal[1, 2]] = [1, 2, 2, 1]
+    stage_strides: list[Annotated[int, Field(ge=1, le=2)]] = [1, 2, 2, 1]
     """Stride of each stage's first unit; the stem and its pooling stride by 4 before them."""
-    concat_depth: Annotated[int, Field(ge=0)] | Literal["full"] = 1
+    concat_depth: Count | Literal["full"] = 1
     """d: units at the start of each stage whose output is concatenated instead of added."""
 
     @model_validator(mode="after")
@@ -120,11 +123,12 @@ class CifarImageModel(Section):
     """D for 32-px images, as EcNet's authors released it: 3x3 stem of 16, stages 16k, 32k, 64k/2."""
 
     form: Literal["cifar"] = "cifar"
+    """Chooses this section."""
     depth: Positive = 56
     """9n + 2 for n units in each of the three stages."""
     widening: Positive = 12
     """k: multiplies the stages' channels."""
-    concat_depth: Annotated[int, Field(ge=0)] | Literal["full"] = 1
+    concat_depth: Count | Literal["full"] = 1
     """d: units at the start of each stage whose output is concatenated instead of added."""
 
     @model_validator(mode="after")
@@ -162,6 +166,7 @@ class ModelConfig(Section):
     ] = MedicalImageModel()
     """D; `form` chooses between medical and cifar."""
     language: LanguageModelConfig = LanguageModelConfig()
+    """L."""
     sharpening: Literal["cam", "none"] = "cam"
     """cam: the predicted class's activation map goes into L's attention; none: Show-Attend-Tell attention."""
 
@@ -173,32 +178,44 @@ class ConstantBeta(Section):
     """beta(t) = value."""
 
     kind: Literal["constant"]
+    """Chooses this section."""
     value: Fraction = 0.5
+    """beta throughout training."""
 
 
 class LinearBeta(Section):
     """A straight line from start to end."""
 
     kind: Literal["linear"]
+    """Chooses this section."""
     start: Fraction = 0.1
+    """beta at the start of training."""
     end: Fraction = 0.9
+    """beta at its end."""
 
 
 class CosineBeta(Section):
     """Half a cosine from start to end: slow, fast, slow."""
 
     kind: Literal["cosine"]
+    """Chooses this section."""
     start: Fraction = 0.1
+    """beta at the start of training."""
     end: Fraction = 0.9
+    """beta at its end."""
 
 
 class SigmoidBeta(Section):
     """A logistic curve through the middle of start and end at the fraction `midpoint`."""
 
     kind: Literal["sigmoid"]
+    """Chooses this section."""
     start: Fraction = 0.1
+    """beta long before `midpoint`."""
     end: Fraction = 0.9
+    """beta long after it."""
     midpoint: Fraction = 0.5
+    """Fraction of training done where beta is halfway."""
     steepness: PositiveFloat = 12.0
     """Slope of the logistic's argument, per unit of the fraction of training done."""
 
@@ -207,15 +224,20 @@ class DelayedStepBeta(Section):
     """start until the fraction `at`, end from there on."""
 
     kind: Literal["delayed_step"]
+    """Chooses this section."""
     start: Fraction = 0.1
+    """beta before the step."""
     end: Fraction = 0.9
+    """beta from the step on."""
     at: Fraction = 0.5
+    """Fraction of training done at which beta steps."""
 
 
 class PiecewiseBeta(Section):
     """Straight lines between knots."""
 
     kind: Literal["piecewise"]
+    """Chooses this section."""
     knots: list[list[Fraction]]
     """[[fraction of training done, beta], ...], fractions rising; constant before the first and after the last."""
 
@@ -258,6 +280,7 @@ class ScheduleConfig(Section):
     """Learning rate as a function of the fraction of training done."""
 
     kind: Literal["cosine", "step", "constant"] = "cosine"
+    """Shape behind the warm-up."""
     warmup: Fraction = 0.05
     """Share of training over which the rate rises linearly from 0."""
     end: Fraction = 0.0
@@ -278,22 +301,30 @@ class SgdGroup(Section):
     """SGD with momentum."""
 
     lr: NotNegative = 0.1
+    """Learning rate, before the schedule."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Share of the last step's velocity that is kept."""
     nesterov: bool = True
+    """Look ahead along the velocity; without momentum it changes nothing."""
     weight_decay: NotNegative = 5e-4
     """Added to the gradient, as classic SGD does."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """What becomes of the rate as training goes on."""
 
 
 class AdamGroup(Section):
     """Adam with decoupled weight decay."""
 
     lr: NotNegative = 1e-3
+    """Learning rate, before the schedule."""
     betas: list[Fraction] = [0.9, 0.999]
+    """Shares of the running means of gradient and squared gradient that one step keeps."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
     """Decoupled (AdamW)."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """What becomes of the rate as training goes on."""
 
     @model_validator(mode="after")
     def _two_betas(self) -> AdamGroup:
@@ -306,6 +337,7 @@ class SgdAdamConfig(Section):
     """SGD for the image model, Adam for class head and language model."""
 
     kind: Literal["sgd_adam"] = "sgd_adam"
+    """Chooses this section."""
     image: SgdGroup = SgdGroup()
     """theta_D."""
     head: AdamGroup = AdamGroup()
@@ -318,6 +350,7 @@ class AdamWConfig(Section):
     """AdamW for all three."""
 
     kind: Literal["adamw"]
+    """Chooses this section."""
     image: AdamGroup = AdamGroup()
     """theta_D."""
     head: AdamGroup = AdamGroup()
@@ -333,28 +366,31 @@ class TrainConfig(Section):
     """How long, in which batches, with which arithmetic."""
 
     epochs: Positive = 100
+    """Passes over the training part."""
     global_batch: Positive = 64
     """Images in one update of the weights, over all ranks and accumulation steps."""
     micro_batch: Positive = 16
     """Most images a rank puts through the network at once; smaller where the ranks' shares of the batch are."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Count = 0
     """Of initial weights, sample order, augmentation, report choice and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; weights, BatchNorm and optimiser state stay fp32."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO: 0 replicates all; 1 shards the optimiser's state, 2 gradients too, 3 weights too."""
     clip_norm: NotNegative = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of L_M: share of the probability spread over all classes."""
     log_every_steps: Positive = 10
+    """Steps from one printed and logged line to the next."""
     max_bad_steps: Positive = 5
     """Steps in a row with a loss or gradient that is not finite (all ranks skip each) before training stops with 3."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
-    keep_best: Annotated[int, Field(ge=0)] = 1
+    keep_best: Count = 1
     """Best checkpoints by the validation score kept besides."""
     checkpoint_every_epochs: Positive = 1
+    """Epochs from one checkpoint to the next; a new best score and the end are saved besides."""
 
 
 class EvaluateConfig(Section):
@@ -369,7 +405,7 @@ class EvaluateConfig(Section):
     metric: str = "dca_bleu4"
     """What `best` means: any logged metric without its part (bleu4, dca, label_accuracy, cider ...), or dca_bleu4, the
     mean of dca and bleu4; where the set has no conclusion it is bleu4 alone."""
-    pictures: Annotated[int, Field(ge=0)] = 4
+    pictures: Count = 4
     """Sample reports drawn with their attention and logged as artifacts."""
 
 
@@ -379,6 +415,7 @@ class TrackingConfig(Section):
     uri: str | None = None
     """Tracking URI; null: MLFLOW_TRACKING_URI where set, else sqlite at runs/mlflow.db of the checkout."""
     experiment: str = "mdnet"
+    """MLflow experiment that the run belongs to."""
 
 
 class RunConfig(Section):
@@ -389,17 +426,25 @@ class RunConfig(Section):
     runs_folder: str = "runs"
     """Where run folders are made."""
     data: DataConfig
+    """Which samples are read and how they become tensors."""
     augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images."""
     model: ModelConfig = ModelConfig()
+    """The network."""
     blend: BlendConfig = BlendConfig()
+    """How the two losses share the image model."""
     optimizer: Annotated[
         Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")],
         _chosen_by("kind", "sgd_adam"),
     ] = SgdAdamConfig()
+    """How the weights move; `kind` chooses between sgd_adam and adamw."""
     train: TrainConfig = TrainConfig()
+    """How long, in which batches, with which arithmetic."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """Generation and scoring."""
     tracking: TrackingConfig = TrackingConfig()
-    deepspeed: dict[str, Any] = {}
+    """MLflow."""
+    deepspeed: dict[str, JsonValue] = {}
     """Merged over the generated DeepSpeed dictionary, for experts; the batch keys are refused, they have one owner."""
 
     @model_validator(mode="after")
@@ -407,6 +452,10 @@ class RunConfig(Section):
         if self.train.micro_batch > self.train.global_batch:
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch} exceeds train.global_batch {self.train.global_batch}"
+            )
+        if self.augment.shift_px >= self.data.image_size:
+            raise ValueError(
+                f"augment.shift_px {self.augment.shift_px} must be less than data.image_size {self.data.image_size}"
             )
         owned = {
             "train_batch_size": "train.global_batch",
@@ -419,8 +468,10 @@ class RunConfig(Section):
         for key, owner in owned.items():
             if key in self.deepspeed:
                 raise ValueError(f"deepspeed.{key} {self.deepspeed[key]!r} is not given there; set {owner}")
-        stage = (self.deepspeed.get("zero_optimization") or {}).get("stage", self.train.zero_stage)
-        if stage != self.train.zero_stage:
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization {zero!r} must be a mapping")
+        if (stage := zero.get("stage", self.train.zero_stage)) != self.train.zero_stage:
             raise ValueError(
                 f"deepspeed.zero_optimization.stage {stage} contradicts train.zero_stage "
                 f"{self.train.zero_stage}; set the latter"
@@ -431,8 +482,31 @@ class RunConfig(Section):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+MAX_CHARACTERS = 1 << 18
+"""Longest configuration file that is read."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number: YAML 1.1 wants 1.0e-3 and makes the other a string."""
+    """Safe YAML without what a configuration does not need, and with one thing that it does.
+
+    1e-3 is a number: YAML 1.1 wants 1.0e-3 and makes the other a string. A key given twice is an error: one of its
+    values would be lost. So is an alias: with a few of them ten lines stand for billions of values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise ConstructorError(problem=f"alias *{event.anchor}; write the value out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in given:
+                    raise ConstructorError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
+                given.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -463,14 +537,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         InputError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a YAML file such as launch/configs/demo.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:  # not UTF-8, or a NUL in the path
+        raise InputError(f"{path}: not a YAML file: {error}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{path}: longer than {MAX_CHARACTERS:,} characters; a configuration is a page or two")
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold a mapping of keys to values")
     return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}: not valid YAML{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -481,16 +571,13 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"override '{override}': must be dotted.key=value, as train.epochs=3")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"override '{override}': the value is not valid YAML") from error
+        raise InputError(f"override '{_cut(override)}': must be dotted.key=value, as train.epochs=3")
+    value = _parse(text, f"override '{_cut(override)}'")
     *above, last = key.split(".")
     for name in above:
         below = values.setdefault(name, {})
         if not isinstance(below, dict):
-            raise InputError(f"override '{override}': '{name}' is {below!r}, not a mapping")
+            raise InputError(f"override '{_cut(override)}': '{name}' is {_shown(below)}, not a mapping")
         values = below
     if isinstance(value, dict) and isinstance(values.get(last), dict):
         values[last] = {**values[last], **value}
@@ -526,8 +613,9 @@ def _first_error(error: ValidationError, source: str, overridden: set[str] | fro
     holder, names = _locate(detail["loc"])
     key = ".".join(names)
     from_override = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
+    key = _cut(key)
     place = f"override '{key}'" if from_override else f"{source}: {key}" if key else source
-    kind, message = detail["type"], detail["msg"].removeprefix("Value error, ")
+    kind = detail["type"]
     if kind == "extra_forbidden":
         return f"{place}: unknown key; {nearest(names[-1], holder.model_fields)}"
     if kind == "missing":
@@ -536,8 +624,32 @@ def _first_error(error: ValidationError, source: str, overridden: set[str] | fro
         sections = _sections_in(holder.model_fields[names[-1]])
         return f"{place}: {_tag_key(sections[0])} must be one of {', '.join(map(_tag, sections))}"
     if kind == "value_error":
-        return f"{place}: {message}"
-    return f"{place}: {message[0].lower()}{message[1:]}, but it is {detail['input']!r}"
+        return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
+    # A field that may be one of several types has one message for each.
+    wanted = dict.fromkeys(
+        _wanted(other["type"], other["msg"]) for other in details if _locate(other["loc"])[1] == names
+    )
+    return f"{place}: must be {' or '.join(wanted)}, but it is {_shown(detail['input'])}"
+
+
+def _wanted(kind: str, message: str) -> str:
+    """What pydantic wanted, as it goes on behind "must be"."""
+    if kind in ("model_type", "dict_type"):
+        return "a mapping of keys to values"
+    if kind == "invalid-json-value":
+        return "made of numbers, strings, lists and mappings"
+    return message.replace("Input should be ", "").replace("String should match pattern", "a string that matches")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, mappings nested as deep
+        return f"a {type(value).__name__} too large to show"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:

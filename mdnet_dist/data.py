@@ -9,6 +9,7 @@ Shapes: B images, R reports, K topics, T tokens, S px the side of an image.
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +19,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from mdnet_dist.augment import augment
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import decode_image
 from mdnet_dist.model.mdnet import NO_LABEL
-from mdnet_dist.plan import epoch_order, evaluation_share, micro_batches, steps_per_epoch
+from mdnet_dist.plan import epoch_order, evaluation_share, micro_batches, reading_horizon, steps_per_epoch
 from mdnet_dist.shards import SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
 from mdnet_dist.signals import ignore_in_worker
 from mdnet_dist.vocabulary import PAD, Vocabulary, tokenize
 
 MEMBERS = {"jpg", "png", "json", "mask.png"}
 """The members of a sample that are read; nothing is ever unpickled or executed."""
+MAX_MEMBER_BYTES = 1 << 28
+"""A member that claims more is refused before it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +102,38 @@ def read_shard(folder: Path, shard: ShardInfo, first_number: int = 0) -> Iterato
     path = folder / shard.file
     found = 0
     try:
-        with open(path, "rb") as stream:
-            members = tar_file_expander([{"url": str(path), "stream": stream}], select_files=_is_read)
-            for found, members_of_sample in enumerate(group_by_keys(members), start=1):
-                yield _raw_sample(members_of_sample, str(path), first_number + found - 1)
+        for found, members in enumerate(group_by_keys(_members(path)), start=1):
+            if found > shard.samples:
+                break
+            yield _raw_sample(members, str(path), first_number + found - 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error} after sample {found}; copy the shard again") from error
-    except ValueError as error:  # a member twice in a sample
-        raise InputError(f"{path}: damaged after sample {found} ({error.args[0]}); build it again") from error
-    except Exception as error:
-        if type(error).__module__ != "tarfile":
-            raise
-        raise InputError(f"{path}: damaged after sample {found} ({error.args[0]}); copy the shard again") from error
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise InputError(f"{path}: damaged after sample {found} ({reason}); copy the shard again") from error
     if found != shard.samples:
-        raise InputError(f"{path}: {found} samples, but the manifest says {shard.samples}; copy the shard again")
+        more = " or more" if found > shard.samples else ""
+        raise InputError(f"{path}: {found}{more} samples, but the manifest says {shard.samples}; copy the shard again")
 
 
-def _is_read(name: str) -> bool:
-    return name.partition(".")[2].lower() in MEMBERS
+def _members(path: Path) -> Iterator[dict]:
+    """The members of a shard that are read, as `group_by_keys` takes them.
+
+    WebDataset's own tar reader also unpacks compressed files and sparse members, with which a few bytes fill any
+    memory; this one refuses both.
+    """
+    with tarfile.open(path, mode="r|") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # else they pile up
+            if not member.isreg() or member.name.partition(".")[2].lower() not in MEMBERS:
+                continue
+            if member.issparse() or not 0 <= member.size <= MAX_MEMBER_BYTES:
+                raise InputError(
+                    f"{path}: member '{member.name:.120}' is sparse or larger than {MAX_MEMBER_BYTES:,} bytes"
+                )
+            content = tar.extractfile(member)
+            assert content is not None  # it is a plain file
+            yield {"fname": member.name, "data": content.read(), "__url__": str(path)}
 
 
 def _raw_sample(members: dict, path: str, number: int) -> RawSample:
@@ -130,34 +147,38 @@ def _raw_sample(members: dict, path: str, number: int) -> RawSample:
     return RawSample(number=number, key=key, image=image, record=record, mask=members.get("mask.png"), where=where)
 
 
-def read_in_order(folder: Path, shards: Sequence[ShardInfo], numbers: np.ndarray) -> Iterator[RawSample]:
-    """The samples with these numbers, in this order, while each shard is read once, from front to back.
+def read_in_order(folder: Path, shards: Sequence[ShardInfo], numbers: np.ndarray, horizon: int) -> Iterator[RawSample]:
+    """The samples with these numbers, in this order, while shards are read from front to back.
 
-    Samples that a shard yields before their turn wait, still encoded; how many is bounded by the plan's window.
+    Samples that a shard yields before their turn wait, still encoded: `horizon` of them at most. A shard is read once,
+    and once more where it holds samples further apart than that (`mdnet_dist.plan.reading_horizon`).
 
     Args:
         numbers: distinct sample numbers, counted through all shards in order.
+        horizon: samples whose turn is more than so many places ahead do not wait.
     """
     counts = np.array([shard.samples for shard in shards])
     first = np.cumsum(counts) - counts
     shard_of = np.searchsorted(first, numbers, side="right") - 1
     remaining = np.bincount(shard_of, minlength=len(shards))
-    wanted = set(numbers.tolist())
+    place_of = {number: place for place, number in enumerate(numbers.tolist())}
     waiting: dict[int, RawSample] = {}
     streams: dict[int, Iterator[RawSample]] = {}
-    for number, shard in zip(numbers.tolist(), shard_of.tolist()):
-        if shard not in streams:
+    read_up_to: dict[int, int] = {}
+    for place, (number, shard) in enumerate(zip(numbers.tolist(), shard_of.tolist())):
+        if number not in waiting and number < read_up_to.get(shard, number + 1):
             streams[shard] = read_shard(folder, shards[shard], int(first[shard]))
         while number not in waiting:
             sample = next(streams[shard])
-            if sample.number in wanted:
+            read_up_to[shard] = sample.number + 1
+            if place <= place_of.get(sample.number, -1) <= place + horizon:
                 waiting[sample.number] = sample
-        yield waiting.pop(number)
         remaining[shard] -= 1
         if not remaining[shard]:
             # Read what is left too: a shard that is cut off must not pass for a whole one.
             for _ in streams.pop(shard):
                 pass
+        yield waiting.pop(number)
 
 
 # ------------------------------------------------------------------------------------------------ decoded examples
@@ -219,20 +240,26 @@ class Encoder:
 
 def fit_to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
     """Make an RGB image a square of `size` px, (size, size, 3) uint8, by `DataConfig.fit`."""
+    return _fit(image, size, fit, Image.Resampling.BILINEAR, border=None)
+
+
+def fit_mask_to_square(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
+    """Move a mask (h, w) as `fit_to_square` moves its image: (size, size) bool, outside on the border."""
+    return _fit(Image.fromarray(mask.astype(np.uint8)), size, fit, Image.Resampling.NEAREST, border=0).astype(bool)
+
+
+def _fit(image: Image.Image, size: int, fit: str, resampling: Image.Resampling, border: int | None) -> np.ndarray:
     width, height = image.size
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     if fit != "pad" or width == height:
-        return np.asarray(
-            image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
-        )
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), resampling))
     scale = size / max(width, height)
-    inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR)
-    pixels = np.asarray(inner)
-    square = np.empty((size, size, 3), dtype=np.uint8)
-    square[:] = pixels.mean((0, 1)).astype(np.uint8)
+    pixels = np.asarray(image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling))
+    square = np.empty((size, size, *pixels.shape[2:]), dtype=np.uint8)
+    square[:] = pixels.mean((0, 1)).astype(np.uint8) if border is None else border
     top, left = (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2
     square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return square
@@ -298,11 +325,10 @@ class TrainingStream(IterableDataset):
     def _batches(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         if not batches:
             return
-        samples = read_in_order(self.folder, self.shards, np.concatenate(batches))
+        horizon = reading_horizon(self.global_batch, self.encoder.config.shuffle_window)
+        samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon)
         for numbers in batches:
             yield self._batch([next(samples) for _ in numbers], epoch)
-        for _ in samples:  # lets the reader check the ends of its shards
-            pass
 
     def _batch(self, samples: list[RawSample], epoch: int) -> Batch:
         images, reports = [], []
@@ -331,7 +357,7 @@ class EvaluationStream(IterableDataset):
         batches = [self.numbers[i : i + self.batch] for i in range(0, len(self.numbers), self.batch)][worker::workers]
         if not batches:
             return
-        samples = read_in_order(self.folder, self.shards, np.concatenate(batches))
+        samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon=0)
         for numbers in batches:
             chosen = [next(samples) for _ in numbers]
             images = [self.encoder.image(sample.image, sample.where) for sample in chosen]

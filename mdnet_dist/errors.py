@@ -23,6 +23,15 @@ class InputError(Exception):
     rank_local = False
     """Only the rank that raised it knows of it, so that rank prints it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: str) -> str:
+    """White space single and control characters spelt out: names in files may hold what a terminal would obey."""
+    single = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in single)
+
 
 class TrainingFailed(Exception):
     """Training cannot go on. The message is one line that says why and what was written."""

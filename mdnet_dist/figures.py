@@ -54,7 +54,7 @@ _FUNCTION_WORDS = frozenset(
 
 # Panels of the training curves: title, y axis, which metrics.
 _PANELS = (
-    ("Losses", "loss (nats)", r"(^|[/_])loss"),
+    ("Losses", "loss (nats)", r"^(?!final/)(.*[/_])?loss"),
     ("Scores on the validation part", "score", r"^val/(?!.*loss)"),
     ("Blend of the two losses", "beta", r"(^|/)beta$"),
     ("Balance of the two gradients", "eta", r"(^|/)eta$"),

@@ -73,6 +73,16 @@ def _largest_divisor(number: int, at_most: int) -> int:
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)
 
 
+def reading_horizon(global_batch: int, window: int) -> int:
+    """How many places ahead of its turn, in one rank's order of samples, a reader may meet a sample and should keep it.
+
+    A lane's sample comes at most `window` / lanes places early or late, so that a reader meets samples of its lanes
+    2 * `window` places ahead at most; the batches that it is in the midst of come on top. What comes even later lies in
+    another lane's piece of the same shard, or where the epoch's sequence was cut.
+    """
+    return 2 * window + 4 * global_batch
+
+
 def rank_share(global_batch: int, ranks: int, rank: int) -> slice:
     """The places of a global batch that a rank computes; shares differ by one image at most.
 

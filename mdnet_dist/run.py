@@ -9,11 +9,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from mdnet_dist.config import RunConfig, flatten
 from mdnet_dist.console import say, table
+from mdnet_dist.data import fit_mask_to_square
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
-from mdnet_dist.evaluation import Evaluation, Prediction, score
+from mdnet_dist.evaluation import Evaluation, Explained, Prediction, score
 from mdnet_dist.figures import draw_confusion_matrix, draw_report, draw_training_curves
 from mdnet_dist.images import decode_mask
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_reports, score_reports
@@ -149,9 +152,17 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
             shown.class_map,
             shown.prediction.label,
             shown.prediction.references,
-            decode_mask(shown.mask, shown.prediction.key) if shown.mask else None,
-            folder / f"report_{shown.prediction.key}.png",
+            _fitted_mask(shown, data),
+            path=folder / f"report_{shown.prediction.key}.png",
         )
+
+
+def _fitted_mask(shown: Explained, data: RunData) -> np.ndarray | None:
+    """The annotation as it lies on the square that the network saw."""
+    if shown.mask is None:
+        return None
+    config = data.encoder.config
+    return fit_mask_to_square(decode_mask(shown.mask, shown.prediction.key), config.image_size, config.fit)
 
 
 def score_table(result: Result) -> str:

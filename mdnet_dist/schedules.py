@@ -26,7 +26,8 @@ def beta_at(schedule: BetaSchedule, fraction: float) -> float:
         case CosineBeta():
             progress = (1 - math.cos(math.pi * fraction)) / 2
         case SigmoidBeta():
-            progress = 1 / (1 + math.exp(-schedule.steepness * (fraction - schedule.midpoint)))
+            # The logistic function, as a tanh that no steepness overflows.
+            progress = (1 + math.tanh(schedule.steepness * (fraction - schedule.midpoint) / 2)) / 2
         case DelayedStepBeta():
             progress = float(fraction >= schedule.at)
         case PiecewiseBeta():

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mdnet_dist.errors import InputError, nearest
 
@@ -119,6 +119,8 @@ def load_manifest(folder: str | os.PathLike[str]) -> ShardManifest:
         raw["parts"] = {part: PartStatistics(**statistics) for part, statistics in raw["parts"].items()}
         raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
         manifest = ShardManifest(**raw)
+        for found in (*manifest.parts.values(), *manifest.shards, manifest):
+            _check_types(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a shard manifest ({error}); build the shard set again") from error
     seen: set[str] = set()
@@ -129,6 +131,29 @@ def load_manifest(folder: str | os.PathLike[str]) -> ShardManifest:
             raise InputError(f"{path}: shard '{shard.file}' is listed twice")
         seen.add(shard.file)
     return manifest
+
+
+def _check_types(found: Any) -> None:
+    """Check the fields of a dataclass that was filled from JSON against their annotations.
+
+    Raises:
+        TypeError: the first field that is of another type, or a count below zero.
+    """
+    for name, kind in get_type_hints(type(found)).items():
+        value = getattr(found, name)
+        if not _is_of_type(value, kind) or (kind is int and value < 0):
+            raise TypeError(f"'{name}' is not of type {getattr(kind, '__name__', kind)}")
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of_type(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of_type(item, inner[1]) for item in value.values())
+    if isinstance(value, bool):  # Python counts it as an int; JSON does not
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -180,7 +180,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in at most 200 characters, without passwords."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).partition(" [SQL:")[0] or type(error).__name__
     system = re.search(r"\[Errno -?\d+\] [^'\")]+", text)  # the end of a long chain of HTTP errors
     return without_password(system[0] if system else text)[:200]
 
@@ -393,7 +393,7 @@ class _UnsentFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._sealed = False
+        self.sealed = False  # nothing more may be written
 
     def __bool__(self) -> bool:
         return self.path.exists()
@@ -406,10 +406,10 @@ class _UnsentFile:
         """Keep operations. With `last` the file stays as it is then, even if a thread that hung wakes up."""
         lines = _as_lines(operations)
         with self._lock:
-            if lines and not self._sealed:
+            if lines and not self.sealed:
                 with open(self.path, "ab") as file:
                     file.write(lines)
-            self._sealed = self._sealed or last
+            self.sealed = self.sealed or last
 
     def write(self, lines: bytes) -> None:
         """Hold exactly these lines; without any there is no file."""
@@ -436,7 +436,7 @@ class _UnsentFile:
                         break
             end = file.tell()
         with self._lock:
-            if not self._sealed and (len(remaining) < tried or not tried):
+            if not self.sealed and (len(remaining) < tried or not tried):
                 self.write(_as_lines(remaining) + self.path.read_bytes()[end:])
         if failures:
             raise failures[0]
@@ -555,6 +555,8 @@ class Tracker:
             else:
                 self._delivery.deliver(operations)
         except Exception as error:  # whatever it is, training must not end of it
+            if self._unsent.sealed:
+                return  # closed long ago
             self._retry_at = time.monotonic() + RETRY_SECONDS
             if not behind:
                 self._keep(error.operations if isinstance(error, _NotDelivered) else operations)

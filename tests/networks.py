@@ -16,7 +16,7 @@ from mdnet_dist.vocabulary import END, PAD, SPECIAL_WORDS
 TOPICS, CLASSES, WORDS = 3, 3, 8 + len(SPECIAL_WORDS)
 
 TINY_IMAGE_MODEL = MedicalImageModel(
-    stem_channels=4, stage_channels=[4, 8], units_per_stage=[1, 2], stage_strides=[1, 2], concat_depth=1
+    stem_channels=4, stage_channels=[8, 12], units_per_stage=[1, 2], stage_strides=[1, 2], concat_depth=1
 )
 TINY_LANGUAGE_MODEL = LanguageModelConfig(embedding=8, hidden=12, attention=6, dropout=0.0)
 IMAGE_SIZE = 32

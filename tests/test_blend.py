@@ -88,7 +88,7 @@ def test_one_pass_equals_two_passes_blended_by_hand(beta: float, eta: float, sha
     assert ours.keys() == reference.keys() == {name for name, _ in network.named_parameters()}
     for name, expected in reference.items():
         assert expected.abs().sum() > 0
-        assert relative_difference(ours[name], expected) < 1e-10, name
+        assert relative_difference(ours[name], expected) < 1e-9, name
 
 
 @pytest.mark.parametrize(("beta", "eta"), CASES)
@@ -136,7 +136,7 @@ def test_a_loss_that_does_not_use_its_map_counts_as_zero() -> None:
     assert blend.squared_norms.tolist() == [2.0, 0.0]
 
 
-def test_beta_is_read_when_the_gradient_comes_back_from_a_buffer_that_is_no_part_of_the_state() -> None:
+def test_beta_and_eta_are_buffers_outside_the_saved_state() -> None:
     network = tiny_network()
     assert not any("blend" in name for name in network.state_dict())
     assert {"beta", "eta", "squared_norms"} == {name for name, _ in network.blend.named_buffers()}

@@ -174,6 +174,7 @@ def test_curves_show_each_kind_of_metric_in_its_panel(tmp_path, drawn):
         "beta": 0.3,
         "eta": 5.0,
         "images_per_second": 9.0,
+        "final/test/loss_m": 1.0,
     }
     metrics |= {"gradient_norm_m": 1.0, "gradient_norm_l": 0.01, "train/learning_rate_d": 0.1}
     write_metrics(

@@ -511,7 +511,7 @@ def test_every_point_arrives_once_through_failures_kills_and_resumes(lives, batc
                 tracker.close("FINISHED")
             else:
                 client.requests_left = life["requests"]
-                tracker._unsent._sealed = not life["wrote"]
+                tracker._unsent.sealed = not life["wrote"]
                 tracker._queue.put(None)
                 tracker._thread.join()
             checkpoint = max(0, last - life["checkpoint"])
