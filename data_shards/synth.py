@@ -38,7 +38,7 @@ from data_shards.synth_reports import (
 from data_shards.synth_tissue import draw_field, draw_style
 from data_shards.writer import Sample
 from mdnet_dist.errors import InputError
-from mdnet_dist.shards import CONCLUSION, SampleRecord
+from mdnet_dist.shards import CONCLUSION, Report, SampleRecord
 
 __all__ = ["CLASSES", "TOPICS", "synthesize"]
 
@@ -85,7 +85,7 @@ _TISSUE, _STYLE, _GRADES, _FIELD, _REPORTS = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class ImagePlan:
     """One image before it is drawn."""
 
     seed: int
@@ -94,6 +94,10 @@ class _Plan:
     size_px: int
     grades: dict[str, str]
     split: str | None
+
+    def reports(self) -> list[Report]:
+        """What the readers write of it."""
+        return write_reports(self.grades, _rng(self.seed, _REPORTS, self.patient, self.index))
 
 
 def synthesize(
@@ -117,7 +121,9 @@ def synthesize(
     if patients < 1:
         raise InputError(f"patients: {patients}, but there must be at least 1")
     if not folds and patients < 3:
-        raise InputError(f"patients: {patients}, but train, val and test need one each; give at least 3, or ask for folds")
+        raise InputError(
+            f"patients: {patients}, but train, val and test need one each; give at least 3, or ask for folds"
+        )
     if images < patients:
         raise InputError(f"images: {images}, but {patients} patients need at least one image each")
     if not SMALLEST_SIZE_PX <= size_px <= LARGEST_SIZE_PX:
@@ -126,7 +132,7 @@ def synthesize(
         raise InputError(f"seed: {seed}, but it must be between 0 and {LARGEST_SEED}")
     if processes is not None and processes < 1:
         raise InputError(f"processes: {processes}, but there must be at least 1")
-    plans = _plan(images, patients, size_px, seed, folds)
+    plans = plan_images(images, patients, size_px, seed, folds)
     jobs = [plans[start : start + IMAGES_PER_JOB] for start in range(0, images, IMAGES_PER_JOB)]
     workers = min(processes or os.cpu_count() or 1, len(jobs))
     return _draw_here(jobs) if workers == 1 else _draw_in_pool(jobs, workers)
@@ -155,7 +161,7 @@ def _rng(seed: int, purpose: int, patient: int = 0, index: int = 0) -> np.random
     return np.random.default_rng([seed, purpose, patient, index])
 
 
-def _plan(images: int, patients: int, size_px: int, seed: int, folds: bool) -> list[_Plan]:
+def plan_images(images: int, patients: int, size_px: int, seed: int, folds: bool) -> list[ImagePlan]:
     """Every image with its grades and split; image i belongs to patient i mod patients."""
     # Dealt by quota, not drawn, so that few patients already have tissue of each kind.
     edges = np.cumsum(list(PATIENT_SHARES.values()))[:-1] * patients
@@ -173,7 +179,7 @@ def _plan(images: int, patients: int, size_px: int, seed: int, folds: bool) -> l
         val = split_off_validation(rest, VAL_SHARE / (1 - TEST_SHARE))
         split = {patient: "test" if patient in test else "val" if patient in val else "train" for patient in counts}
     return [
-        _Plan(
+        ImagePlan(
             seed=seed, patient=patient, index=index, size_px=size_px, grades=true, split=split.get(_name(patient))
         )
         for (patient, index), true in zip(owners, grades)
@@ -184,13 +190,13 @@ def _name(patient: int) -> str:
     return f"p{patient + 1:03d}"
 
 
-def _draw_here(jobs: Sequence[Sequence[_Plan]]) -> Iterator[Sample]:
+def _draw_here(jobs: Sequence[Sequence[ImagePlan]]) -> Iterator[Sample]:
     for job in jobs:
         for plan in job:
             yield _sample(plan)
 
 
-def _draw_in_pool(jobs: Sequence[Sequence[_Plan]], workers: int) -> Iterator[Sample]:
+def _draw_in_pool(jobs: Sequence[Sequence[ImagePlan]], workers: int) -> Iterator[Sample]:
     """The same samples in the same order; at most two jobs a worker are under way, however slow the reader is."""
     # Spawned, not forked: the caller may hold threads and locks.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
@@ -211,14 +217,13 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _samples(job: Sequence[_Plan]) -> list[Sample]:
+def _samples(job: Sequence[ImagePlan]) -> list[Sample]:
     return [_sample(plan) for plan in job]
 
 
-def _sample(plan: _Plan) -> Sample:
+def _sample(plan: ImagePlan) -> Sample:
     style = draw_style(_rng(plan.seed, _STYLE, plan.patient))
     field = draw_field(plan.grades, style, plan.size_px, _rng(plan.seed, _FIELD, plan.patient, plan.index))
-    reports = write_reports(plan.grades, _rng(plan.seed, _REPORTS, plan.patient, plan.index))
     jpeg = io.BytesIO()
     Image.fromarray(field.image).save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return Sample(
@@ -227,7 +232,7 @@ def _sample(plan: _Plan) -> Sample:
         image=jpeg.getvalue(),
         extension="jpg",
         record=SampleRecord(
-            patient=_name(plan.patient), label=plan.grades[CONCLUSION], reports=reports, grades=plan.grades
+            patient=_name(plan.patient), label=plan.grades[CONCLUSION], reports=plan.reports(), grades=plan.grades
         ),
         mask=_png(field.urothelium),
         extra_masks={"mitosis": _png(field.mitoses)} if field.mitoses.any() else {},

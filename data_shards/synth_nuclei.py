@@ -17,7 +17,7 @@ Bools = NDArray[np.bool_]
 # What each grade looks like. Neighbouring grades are about a constant factor apart: equally easy to tell.
 SPACING = {"normal": 1.50, "mild": 1.22, "moderate": 1.00, "severe": 0.82}
 """Crowding: distance of neighbours over the sum of their radii; random packing then covers about 0.55 / spacing**2."""
-SIZE_SPREAD = {"normal": 0.04, "mild": 0.15, "moderate": 0.28, "severe": 0.45}
+SIZE_SPREAD = {"normal": 0.03, "mild": 0.16, "moderate": 0.30, "severe": 0.48}
 """Pleomorphism: standard deviation of the logarithm of the nuclear radius."""
 OUTLINE_SPREAD = {"normal": 0.01, "mild": 0.03, "moderate": 0.055, "severe": 0.085}
 """Pleomorphism: how far the outline departs from an ellipse, as a fraction of the radius."""
@@ -25,7 +25,7 @@ SHADE_SPREAD = {"normal": 0.03, "mild": 0.10, "moderate": 0.19, "severe": 0.30}
 """Pleomorphism: standard deviation of the chromatin's density from nucleus to nucleus."""
 MEAN_RADIUS = {"normal": 0.92, "mild": 0.98, "moderate": 1.04, "severe": 1.10}
 """Pleomorphism: average radius in units of r; nuclei grow as they become atypical."""
-MITOSES_PER_AREA = {"rare": 0.0005, "infrequent": 0.0075, "frequent": 0.021}
+MITOSES_PER_AREA = {"rare": 0.0004, "infrequent": 0.0070, "frequent": 0.0170}
 """Mitosis: figures per r**2 of urothelium."""
 LEAST_MITOSES = {"rare": 0, "infrequent": 2, "frequent": 5}
 HIGHEST_MITOSIS = {"rare": 0.35, "infrequent": 0.5, "frequent": 1.0}
@@ -112,7 +112,7 @@ def place_nuclei(
     any_angle = rng.uniform(-np.pi / 2, np.pi / 2, count)
     try_angle = np.where(lost.ravel()[tries], any_angle, upward.ravel()[tries] + 0.10 * rng.standard_normal(count))
     spread = SIZE_SPREAD[pleomorphism]
-    radius = mean_radius * np.exp(np.clip(spread * rng.standard_normal(count), -0.7, 0.7))
+    radius = mean_radius * np.exp(np.clip(spread * rng.standard_normal(count), -0.75, 0.75))
     aspect = ASPECT * np.exp(np.clip((0.05 + 0.35 * spread) * rng.standard_normal(count), -0.35, 0.35))
     long, short = radius * np.sqrt(aspect), radius / np.sqrt(aspect)
 

@@ -20,7 +20,12 @@ GRADES: dict[str, tuple[str, ...]] = {
 }
 """{topic: grades from the least to the most atypical}, in the order in which a report says them."""
 TOPICS = (*GRADES, CONCLUSION)
-CLASSES = NORMAL, LOW_GRADE, HIGH_GRADE, INSUFFICIENT = ("normal", "low grade", "high grade", "insufficient information")
+CLASSES = NORMAL, LOW_GRADE, HIGH_GRADE, INSUFFICIENT = (
+    "normal",
+    "low grade",
+    "high grade",
+    "insufficient information",
+)
 
 READERS = 5
 DISAGREEMENT = 0.03

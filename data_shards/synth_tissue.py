@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from data_shards.synth_nuclei import Bools, Floats, choose_mitoses, ellipses, place_nuclei
+from data_shards.synth_nuclei import Bools, Floats, Nuclei, choose_mitoses, ellipses, place_nuclei
 from data_shards.synth_paint import paint_cells, paint_mitoses, paint_nuclei
 
 INSUFFICIENT_KINDS = ("out of focus", "crushed", "stroma", "lumen")
@@ -46,8 +46,8 @@ class Field:
     image: NDArray[np.uint8]  # (S, S, 3)
     urothelium: Bools  # (S, S)
     mitoses: Bools  # (S, S) pixels of the mitotic figures
-    nuclei: int  # of the urothelium, without mitotic figures
-    mitotic_figures: int
+    nuclei: Nuclei  # of the urothelium, without mitotic figures
+    figures: Nuclei  # the nuclei in whose place mitotic figures were painted
 
 
 def nuclear_radius_px(size_px: int) -> float:
@@ -107,8 +107,8 @@ def draw_field(grades: dict[str, str], style: Style, size_px: int, rng: np.rando
         image=_photograph(haematoxylin, eosin, style, blur, rng),
         urothelium=urothelium,
         mitoses=mitoses,
-        nuclei=int((~dividing).sum()),
-        mitotic_figures=int(dividing.sum()),
+        nuclei=nuclei.where(~dividing),
+        figures=nuclei.where(dividing),
     )
 
 
@@ -131,7 +131,7 @@ def _architecture(
         thickness = rng.uniform(3.0, 4.5) * r
         depth = along + rng.uniform(0.36, 0.42) * size_px + thickness + 0.8 * r * bend
     elif rng.random() < FLAT_SHARE[conclusion]:
-        depth = along + rng.uniform(0.25, 0.75) * thickness + 1.2 * r * bend
+        depth = along + rng.uniform(0.35, 0.65) * thickness + 1.2 * r * bend
     else:
         return _papillae(along, across + 1.5 * r * bend, thickness, size_px, r, rng)
     return _enlarge(depth, size_px), np.full((size_px, size_px), thickness, np.float32)

@@ -16,11 +16,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mdnet_dist.config import first_problem
 from mdnet_dist.errors import InputError
 
 FOLDER = "checkpoints"
@@ -33,10 +36,12 @@ _PARTIAL = ".partial"
 class Progress:
     """Where training stands, besides the tensors."""
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # what is read is checked, what is made is not
+
     step: int  # updates tried so far; the next batch to read is this one of the plan
     updates: int  # updates done: steps without those skipped for a loss that is not finite
     bad_steps: int  # skipped in a row just before
-    eta_norms: list[float]  # running norms of `eta: balanced`
+    eta_norms: Annotated[list[float], Field(min_length=2, max_length=2)]  # running norms of `eta: balanced`
     score: float | None  # the validation score at this step, where it was evaluated here
     best_score: float | None  # the best so far
 
@@ -115,8 +120,12 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "state.json"
     try:
-        return Progress(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return TypeAdapter(Progress).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: damaged ({first_problem(error)}); delete the folder to use the checkpoint before it"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
 
 
@@ -130,7 +139,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[Progress, dict[str, Tensor], dict
     path = checkpoint / "state.safetensors"
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
     optimizer_state = {
         key.removeprefix(_OPTIMIZER_KEY): tensors.pop(key) for key in list(tensors) if key.startswith(_OPTIMIZER_KEY)

@@ -98,7 +98,7 @@ class MedicalImageModel(Section):
     """Channels out of the 7x7 stem."""
     stage_channels: list[Positive] = [64, 128, 256, 256]
     """nOut of each stage: what a concatenated unit adds. A stage is 2 x nOut wide at concat_depth 0 and 1."""
-    units_per_stage: list[Positive] = [3, 4, 6, 3]
+    units_per_stage: list[Annotated[int, Field(gt=0, le=1000)]] = [3, 4, 6, 3]
     """Bottleneck units in each stage."""
     stage_strides: list[Annotated[int, Field(ge=1, le=2)]] = [1, 2, 2, 1]
     """Stride of each stage's first unit; the stem and its pooling stride by 4 before them."""
@@ -124,7 +124,7 @@ class CifarImageModel(Section):
 
     form: Literal["cifar"] = "cifar"
     """Chooses this section."""
-    depth: Positive = 56
+    depth: Annotated[int, Field(gt=0, le=2000)] = 56
     """9n + 2 for n units in each of the three stages."""
     widening: Positive = 12
     """k: multiplies the stages' channels."""
@@ -509,9 +509,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would take for a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -621,8 +626,8 @@ def _first_error(error: ValidationError, source: str, overridden: set[str] | fro
     if kind == "missing":
         return f"{place}: missing; {describe_field(holder, names[-1])}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        sections = _sections_in(holder.model_fields[names[-1]])
-        return f"{place}: {_tag_key(sections[0])} must be one of {', '.join(map(_tag, sections))}"
+        sections = sections_in(holder.model_fields[names[-1]])
+        return f"{place}: {tag_key(sections[0])} must be one of {', '.join(map(section_tag, sections))}"
     if kind == "value_error":
         return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
     # A field that may be one of several types has one message for each.
@@ -659,29 +664,39 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
     names: list[str] = []
     for step in location:
         if len(choices) > 1:  # pydantic names the branch of a union here, the user does not
-            choices = [section for section in choices if _tag(section) == step]
+            choices = [section for section in choices if section_tag(section) == step]
         elif choices:
             holder = choices[0]
             names.append(str(step))
-            choices = _sections_in(holder.model_fields[str(step)]) if step in holder.model_fields else []
+            choices = sections_in(holder.model_fields[str(step)]) if step in holder.model_fields else []
         elif isinstance(step, int):
             names.append(str(step))
     return holder, names
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field, or a type, can hold: one, several of which a tag chooses, or none."""
     annotation = getattr(annotation, "annotation", annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
-def _tag_key(section: type[Section]) -> str:
+def tag_key(section: type[Section]) -> str:
+    """The key whose value chooses this section among others."""
     return "form" if "form" in section.model_fields else "kind"
 
 
-def _tag(section: type[Section]) -> str:
-    return str(get_args(section.model_fields[_tag_key(section)].annotation)[0])
+def section_tag(section: type[Section]) -> str:
+    """The value of that key."""
+    return str(get_args(section.model_fields[tag_key(section)].annotation)[0])
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong in a file of ours, with its place there."""
+    detail = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, detail["loc"]))
+    return f"{place}: {detail['msg']}" if place else detail["msg"]
 
 
 def describe_field(section: type[Section], name: str) -> str:
@@ -694,7 +709,7 @@ def describe_field(section: type[Section], name: str) -> str:
 
 def as_yaml(config: Section) -> str:
     """The resolved configuration, every default written out; `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(config: Section) -> dict[str, Any]:

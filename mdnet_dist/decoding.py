@@ -56,8 +56,8 @@ def decode(language_model: LanguageModel, view: View, max_tokens: int, beam_widt
         contexts, weights = lookers.attend(language_model, state[0][0].view(len(live), W, -1))
         output, state = language_model.lstm(language_model.word_embedding(last.reshape(-1, 1)), state)
         logits = language_model.word_logits(output.view(len(live), W, -1), contexts).float()
-        logits[..., list(NEVER_SAID)] = -torch.inf
-        log_probabilities = logits.log_softmax(2)  # (L, W, V)
+        log_probabilities = logits.log_softmax(2)  # (L, W, V), as in training: what is never said keeps its share
+        log_probabilities[..., list(NEVER_SAID)] = -torch.inf
         # An ended beam goes on in one way only, by PAD at no cost.
         log_probabilities[ended[live]] = -torch.inf
         log_probabilities[..., PAD] = torch.where(ended[live], 0.0, -torch.inf)
@@ -68,7 +68,7 @@ def decode(language_model: LanguageModel, view: View, max_tokens: int, beam_widt
         for history in (tokens, likelihoods, attention):
             history[live] = _pick(history[live], beam)
         tokens[live, :, t] = word
-        likelihoods[live, :, t] = torch.where(was_ended, 0.0, best - totals[live].gather(1, beam))
+        likelihoods[live, :, t] = log_probabilities.flatten(1).gather(1, choice)
         attention[live, :, t] = _pick(weights, beam) * ~was_ended[..., None]
         totals[live] = best
         ended[live] = was_ended | (word == END)

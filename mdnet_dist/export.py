@@ -10,15 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mdnet_dist.config import DataConfig, ModelConfig, RunConfig
+from mdnet_dist.config import DataConfig, ModelConfig, RunConfig, first_problem
 from mdnet_dist.errors import InputError
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.shards import write_atomically
@@ -26,11 +26,15 @@ from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
 
 FORMAT_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "model.json"
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+"""A number for each of red, green and blue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """`model.json`: what the numbers that go in and come out of the network mean."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # for files that are read
 
     model: dict[str, Any]  # `ModelConfig`
     data: dict[str, Any]  # `DataConfig`: how images are prepared
@@ -38,8 +42,8 @@ class ModelCard:
     classes: list[str]
     words: list[str]  # without the special ones
     conclusions: dict[str, dict[str, int]]  # {class: {conclusion sentence: times in training}}
-    image_mean: list[float]  # of the training part, per channel, pixels scaled to 0..1
-    image_std: list[float]
+    image_mean: Channels  # of the training part, per channel, pixels scaled to 0..1
+    image_std: Channels
     intended_use: str = "research only, not diagnosis"
     format: int = FORMAT_VERSION
 
@@ -98,15 +102,19 @@ def load_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        card = ModelCard(**json.loads(path.read_text(encoding="utf-8")))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and raw.get("format") != FORMAT_VERSION:
+            raise InputError(f"{path}: format {raw.get('format')}, but this version reads format {FORMAT_VERSION}")
+        card = TypeAdapter(ModelCard).validate_python(raw)
         DataConfig.model_validate({**card.data, "shards": ""})
         ModelConfig.model_validate(card.model)
+        Vocabulary(card.words)  # refuses repeats
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a finished run's folder has one") from error
-    except (ValueError, TypeError, ValidationError, RecursionError) as error:
-        raise InputError(f"{path}: not a model card ({str(error).splitlines()[0]}); export it again") from error
-    if card.format != FORMAT_VERSION:
-        raise InputError(f"{path}: format {card.format}, but this version reads format {FORMAT_VERSION}")
+    except ValidationError as error:
+        raise InputError(f"{path}: not a model card ({first_problem(error)}); export it again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a model card ({error}); export it again") from error
     return card
 
 
@@ -119,10 +127,14 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[MDNet,
     card = load_card(folder)
     path = folder / WEIGHTS
     try:
+        weights = load(path.read_bytes())
+        with torch.device("meta"):  # shapes without memory: a card may claim any size
+            card.build().load_state_dict(weights, assign=True)
         network = card.build()
-        network.load_state_dict(load(path.read_bytes()))
+        network.load_state_dict(weights)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a finished run's folder has one") from error
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: does not fit {CARD} ({str(error).splitlines()[0]}); export it again") from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: does not fit {CARD} ({reason:.200}); export it again") from error
     return network.to(device).eval(), card

@@ -55,7 +55,8 @@ _FUNCTION_WORDS = frozenset(
 # Panels of the training curves: title, y axis, which metrics.
 _PANELS = (
     ("Losses", "loss (nats)", r"^(?!final/)(.*[/_])?loss"),
-    ("Scores on the validation part", "score", r"^val/(?!.*loss)"),
+    # Those that go from 0 to 1 and speak of the whole report: cider goes to 10, bleu4/TOPIC is for tables.
+    ("Scores on the validation part", "score", r"^val/(bleu[14]|meteor|rouge_l|dca|label_accuracy|macro_f1|score)$"),
     ("Blend of the two losses", "beta", r"(^|/)beta$"),
     ("Balance of the two gradients", "eta", r"(^|/)eta$"),
     ("Gradient norms", "norm", r"grad"),

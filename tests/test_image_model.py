@@ -194,9 +194,7 @@ def test_concatenated_outputs_reach_the_classifier_through_weights_of_their_own(
     after_first = torch.cat([first.residual(y), first.shortcut(y)], 1)
     pieces = [stage[1].residual(after_first), first.residual(y), first.shortcut(y)]
     weight = torch.randn(width, dtype=torch.double)
-    expected = sum(
-        torch.einsum("bchw,c->b", piece, part) for piece, part in zip(pieces, weight.split(8), strict=True)
-    )
+    expected = sum(torch.einsum("bchw,c->b", piece, part) for piece, part in zip(pieces, weight.split(8), strict=True))
     torch.testing.assert_close(torch.einsum("bchw,c->b", stage(y), weight), expected)
 
 

@@ -78,7 +78,9 @@ def tell(
         attention = [exponential / sum(exponentials) for exponential in exponentials]
         context = sum(a * position for a, position in zip(attention, positions))
         h, c = lstm_step(weights, weights["word_embedding.weight"][previous], h, c)
-        seen = weights["from_hidden.weight"] @ h + weights["from_hidden.bias"] + weights["from_context.weight"] @ context
+        seen = (
+            weights["from_hidden.weight"] @ h + weights["from_hidden.bias"] + weights["from_context.weight"] @ context
+        )
         all_logits.append(weights["output.weight"] @ seen.tanh() + weights["output.bias"])
         all_attention.append(torch.stack(attention))
     return all_logits, all_attention
@@ -97,7 +99,9 @@ def tell_all(
                 words = tokens[b, r, k, : int(lengths[b, r, k])].tolist()
                 if not words:
                     continue
-                logits, looked = tell(weights, positions, None if sharpening_map is None else sharpening_map[b], k, words)
+                logits, looked = tell(
+                    weights, positions, None if sharpening_map is None else sharpening_map[b], k, words
+                )
                 for t, word in enumerate(words):
                     losses[b, r, k, t] = logits[t].exp().sum().log() - logits[t][word]
                     attention[b, r, k, t] = looked[t]
@@ -118,9 +122,7 @@ def test_it_equals_a_plain_loop_in_values_attention_and_gradients(sharpen: bool,
     losses.sum().backward()
 
     weights, features_too = double_weights(model), features.detach().double().requires_grad_()
-    expected, attention = tell_all(
-        weights, features_too, sharpening_map.double() if sharpen else None, tokens, lengths
-    )
+    expected, attention = tell_all(weights, features_too, sharpening_map.double() if sharpen else None, tokens, lengths)
     expected.sum().backward()
 
     torch.testing.assert_close(told.attention(tokens).double(), attention.detach(), rtol=1e-5, atol=1e-6)
@@ -249,16 +251,107 @@ class Memory(TorchDispatchMode):
         self.bytes -= size
 
 
-def measure(step: Callable[[], Tensor]) -> tuple[int, list[int]]:
-    """Peak bytes of a forward and backward pass, and the bytes of each storage kept in between, largest first."""
+def peak_numbers(step: Callable[[], Tensor]) -> float:
+    """The most fp32 numbers alive at once during a forward and backward pass."""
+    with Memory() as memory:
+        step().backward()
+    return memory.peak_bytes / 4
+
+
+def kept_numbers(step: Callable[[], Tensor]) -> list[float]:
+    """The fp32 numbers in each piece of memory that is kept for the backward pass, largest first."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with Memory() as memory:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = step()
-        loss.backward()
-    return memory.peak_bytes, sorted(kept.values(), reverse=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return [size / 4 for size in sorted(kept.values(), reverse=True)]
+
+
+def loss_without_copies(
+    model: LanguageModel, features: Tensor, sharpening_map: Tensor, tokens: Tensor, lengths: Tensor
+) -> Tensor:
+    return model.word_losses(model(features, sharpening_map, tokens, lengths)).sum()
+
+
+def loss_with_copies(
+    model: LanguageModel, features: Tensor, sharpening_map: Tensor, tokens: Tensor, lengths: Tensor
+) -> Tensor:
+    """The same loss as a straightforward program computes it: the features are copied for every sentence."""
+    reports, topics, longest = tokens.shape[1:]
+    view = model.look(features, sharpening_map)
+    copied = View(*(part.repeat_interleave(reports * topics, 0) for part in view))
+    topic = torch.arange(topics).repeat(len(features) * reports)
+    state = model.lstm((model.start_projection(copied.pooled) + model.topic_embedding(topic))[:, None])[1]
+    words = tokens.flatten(0, 2)
+    before = torch.cat([torch.full_like(words[:, :1], START), words[:, :-1]], 1)
+    losses = []
+    for t in range(longest):
+        query = model.query(state[0][0])
+        weights = ((copied.keys + query[:, None]).tanh() @ model.score).softmax(1)
+        contexts = (weights[..., None] * copied.features).sum(1)
+        output, state = model.lstm(model.word_embedding(before[:, t : t + 1]), state)
+        logits = model.word_logits(output[:, 0], contexts)
+        losses.append(F.cross_entropy(logits, words[:, t], ignore_index=PAD, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor, Tensor], Tensor]
+MANY = {"B": 8, "K": 6, "T": 6, "E": 16, "H": 16, "A": 80, "C": 128, "V": 40, "P": 14 * 14}
+
+
+def large_step(loss: Loss, reports: int) -> Callable[[], Tensor]:
+    """A step in which the map is by far the largest thing: 14 x 14 positions, every topic said, R reports."""
+    torch.manual_seed(0)
+    config = LanguageModelConfig(embedding=MANY["E"], hidden=MANY["H"], attention=MANY["A"], dropout=0.0)
+    model = LanguageModel(config, MANY["C"], MANY["K"], MANY["V"], True)
+    features = torch.rand(MANY["B"], MANY["C"], 14, 14, requires_grad=True)
+    sharpening_map = torch.randn(MANY["B"], MANY["P"])
+    shape = (MANY["B"], reports, MANY["K"])
+    tokens = torch.randint(START + 1, MANY["V"], (*shape, MANY["T"]))
+    return lambda: loss(model, features, sharpening_map, tokens, torch.full(shape, MANY["T"]))
+
+
+def assert_features_are_shared(loss: Loss) -> None:
+    """At K = 6, R = 5 memory may exceed that at R = 1 by what the additional words need, and nothing more."""
+    B, K, T, P, A, C = (MANY[name] for name in "BKTPAC")
+    one, five = large_step(loss, 1), large_step(loss, 5)
+    largest = kept_numbers(five)[0]
+    assert largest < B * K * 5 * P * A / 4, "something of the size of copied keys is kept for the backward pass"
+    # What a word needs, each counted with its gradient: its rows of embeddings, of the LSTM's gates and states, of
+    # query, context and logits, and its scores and weights over the positions. A copy of map and keys for each
+    # sentence would come to P (C + A) / T = 6,800 numbers a word.
+    a_word = 4 * MANY["E"] + 16 * MANY["H"] + 2 * A + 2 * C + 3 * MANY["V"] + 3 * P  # 1,444
+    growth = peak_numbers(five) - peak_numbers(one)
+    assert growth < a_word * 4 * B * K * T, "memory grows by more than the words need"
+
+
+def test_features_are_not_copied_for_topics_and_reports() -> None:
+    assert_features_are_shared(loss_without_copies)
+
+
+def test_a_program_that_copies_features_fails_the_same_assertion() -> None:
+    assert large_step(loss_with_copies, 1)().item() == pytest.approx(large_step(loss_without_copies, 1)().item())
+    with pytest.raises(AssertionError, match="something of the size of copied keys"):
+        assert_features_are_shared(loss_with_copies)
+
+
+def test_features_copied_once_for_every_sentence_are_noticed_even_if_nothing_of_that_size_is_kept() -> None:
+    def loss(model: LanguageModel, features: Tensor, *rest: Tensor) -> Tensor:
+        copies = features.repeat_interleave(MANY["K"] * rest[1].shape[1], 0)
+        return loss_without_copies(model, features, *rest) + 0 * copies.sum()
+
+    with pytest.raises(AssertionError, match="memory grows by more than the words need"):
+        assert_features_are_shared(loss)
+
+
+def test_no_tensor_of_the_attention_exceeds_its_slice() -> None:
+    """The (B, S, P, A) tensor is made in pieces: at no time does more than one of them exist."""
+    B, P, A, C = (MANY[name] for name in "BPAC")
+    slices = module._AttentionScores.SLICE_NUMBERS
+    assert B * MANY["K"] * 5 * MANY["T"] * P * A > 5 * slices
+    rest = 3 * B * P * (C + A) + sum(kept_numbers(large_step(loss_without_copies, 5)))
+    assert peak_numbers(large_step(loss_without_copies, 5)) < slices + rest

@@ -71,9 +71,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
         SGD_ADAM,
         ADAMW,
         SGD_ADAM.model_copy(update={"image": SGD_ADAM.image.model_copy(update={"nesterov": False})}),
-        SGD_ADAM.model_copy(
-            update={"image": SGD_ADAM.image.model_copy(update={"momentum": 0.0, "nesterov": False})}
-        ),
+        SGD_ADAM.model_copy(update={"image": SGD_ADAM.image.model_copy(update={"momentum": 0.0, "nesterov": False})}),
     ],
     ids=["sgd_adam", "adamw", "sgd without nesterov", "sgd without momentum"],
 )
@@ -123,9 +121,7 @@ def test_a_weight_without_a_gradient_stays() -> None:
         weight.grad = None
     before = {id(weight): weight.detach().clone() for weights in parts.values() for weight in weights}
     optimizer.step()
-    stayed = [
-        torch.equal(before[id(weight)], weight.detach()) for weights in parts.values() for weight in weights
-    ]
+    stayed = [torch.equal(before[id(weight)], weight.detach()) for weights in parts.values() for weight in weights]
     assert stayed == [False, False, True, True, False, True, False]
 
 

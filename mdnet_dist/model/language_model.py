@@ -75,10 +75,11 @@ class _AttentionScores(torch.autograd.Function):
             grad_part = grad[:, start : start + part.shape[1]]  # (B, s, P)
             start += part.shape[1]
             hidden = _hidden(keys, part)  # (B, s, P, A)
-            grad_weight += torch.einsum("bsp,bspa->a", grad_part, hidden)
-            inner = hidden.square_().neg_().add_(1).mul_(grad_part[..., None]).mul_(weight)  # w (1 - tanh^2) dscore
-            grad_keys += inner.sum(1)
-            grad_queries.append(inner.sum(2))
+            grad_weight += grad_part.flatten() @ hidden.flatten(0, 2)
+            hidden.square_().neg_().add_(1).mul_(grad_part[..., None]).mul_(weight)  # now w (1 - tanh^2) dscore
+            grad_keys += hidden.sum(1)
+            grad_queries.append(hidden.sum(2))
+            del hidden  # before the next slice is made
         return grad_keys, torch.cat(grad_queries, 1), grad_weight
 
 

@@ -1,0 +1,518 @@
+"""Configuration: files, overrides, what is refused and how, and its documentation."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mdnet_dist.config import (
+    RunConfig,
+    Section,
+    apply_override,
+    as_yaml,
+    check_config,
+    flatten,
+    load_config,
+    read_yaml,
+    sections_in,
+)
+from mdnet_dist.config_docs import reference
+from mdnet_dist.errors import InputError, TrainingFailed, run_program
+from tests.conftest import REPOSITORY
+
+SMALLEST: dict[str, Any] = {"name": "a", "data": {"shards": "set"}}
+CONFIGS = sorted((REPOSITORY / "launch" / "configs").glob("*.yaml"))
+
+
+def all_sections(section: type[Section] = RunConfig) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        for below in sections_in(field):
+            yield from all_sections(below)
+
+
+def refusal(*overrides: str, values: dict[str, Any] | None = None) -> str:
+    """The message with which the smallest configuration and these overrides are refused."""
+    values = copy.deepcopy(SMALLEST if values is None else values)
+    with pytest.raises(InputError) as caught:
+        for override in overrides:
+            apply_override(values, override)
+        check_config(values, "file.yaml", {override.partition("=")[0] for override in overrides})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def accepted(*overrides: str) -> RunConfig:
+    values = copy.deepcopy(SMALLEST)
+    for override in overrides:
+        apply_override(values, override)
+    return check_config(values, "file.yaml")
+
+
+@pytest.fixture
+def smallest_file(tmp_path: Path) -> Path:
+    path = tmp_path / "file.yaml"
+    path.write_text("name: a\ndata: {shards: set}\n")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------- what is accepted
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load_and_say_how_they_are_run(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem.replace("_", "-") or config.name == path.stem
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and f"launch/configs/{path.name}" in first
+
+
+def test_some_configs_are_shipped() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_survive_being_written_out(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "out.yaml").write_text(as_yaml(config))
+    assert load_config(tmp_path / "out.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["blend.beta={kind: piecewise, knots: [[0, 0.1], [0.5, 1], [1, 0]]}", "blend.eta=balanced"],
+        ["blend.beta={kind: sigmoid}", "model.image={form: cifar, concat_depth: full}", "data.fold=2"],
+        ["optimizer={kind: adamw, language: {betas: [0.8, 0.9], eps: 1e-6}}", "tracking.uri='sqlite:///x y.db'"],
+        ["deepspeed={comms_logger: {enabled: true, x: [1, null, 2.5, y]}}", "train.zero_stage=3"],
+        ["data.shards='yes'", "runs_folder='1e3'", "name=null-is-not-a-name", "train.clip_norm=1e-7"],
+    ],
+)
+def test_any_kind_survives_being_written_out(overrides: list[str], tmp_path: Path) -> None:
+    config = accepted(*overrides)
+    path = tmp_path / "out.yaml"
+    path.write_text(as_yaml(config))
+    assert load_config(path) == config
+    assert as_yaml(load_config(path)) == path.read_text()
+
+
+def test_the_written_configuration_holds_every_default() -> None:
+    flat = flatten(accepted())
+    assert flat["train.epochs"] == 100
+    assert flat["optimizer.language.schedule.milestones"] == [0.3, 0.6, 0.8]
+    assert flat["blend.beta.kind"] == "constant"
+    assert flat["data.fold"] is None
+    assert set(yaml.safe_load(as_yaml(accepted()))) == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.e-3", ".1e-2", "0.001", "1.0e-3"])
+def test_powers_of_ten_are_numbers(text: str) -> None:
+    assert accepted(f"train.clip_norm={text}").train.clip_norm == 0.001
+
+
+@pytest.mark.parametrize("text", ["e3", "1e", "1e3.5", "1-e3", "abc1e3", "1e3x"])
+def test_what_looks_like_a_power_of_ten_but_is_none_stays_text(text: str) -> None:
+    assert accepted(f"data.shards={text}").data.shards == text
+
+
+def test_overrides_win_and_the_last_one_wins(smallest_file: Path) -> None:
+    smallest_file.write_text("name: a\ndata: {shards: set, image_size: 64}\ntrain: {epochs: 3, seed: 7}\n")
+    config = load_config(smallest_file, ["train.epochs=4", "data.image_size=32", "train.epochs=5"])
+    assert (config.train.epochs, config.train.seed, config.data.image_size) == (5, 7, 32)
+
+
+def test_a_mapping_is_merged_and_makes_the_mappings_above_it() -> None:
+    config = accepted("train={seed: 3}", "train={epochs: 2}", "optimizer.image.schedule={kind: step}")
+    assert (config.train.seed, config.train.epochs) == (3, 2)
+    assert config.optimizer.image.schedule.kind == "step"
+    assert config.optimizer.head.schedule.kind == "cosine"
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert accepted("tracking.uri=http://host/?a=b").tracking.uri == "http://host/?a=b"
+
+
+def test_nothing_can_be_changed_afterwards() -> None:
+    config = accepted()
+    for holder, name in ((config, "name"), (config.train, "epochs"), (config.model.image, "concat_depth")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(holder, name, getattr(holder, name))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.unknown = 1  # type: ignore[attr-defined]
+
+
+def test_defaults_are_valid() -> None:
+    for section in set(all_sections()):
+        for name, field in section.model_fields.items():
+            if field.is_required():
+                continue
+            value = field.default.model_dump() if isinstance(field.default, Section) else field.default
+            given = {key: other for key, other in _required(section).items() if key != name}
+            assert section.model_validate({**given, name: value}), (section, name)
+
+
+def _required(section: type[Section]) -> dict[str, Any]:
+    examples = {"shards": "x", "name": "x", "data": {"shards": "x"}, "knots": [[0, 1]]}
+    tags = {"kind": section.model_fields.get("kind"), "form": section.model_fields.get("form")}
+    return {
+        name: examples[name] if name in examples else tags[name].annotation.__args__[0]  # type: ignore[union-attr]
+        for name, field in section.model_fields.items()
+        if field.is_required()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epocs=3", "override 'train.epocs': unknown key; did you mean 'epochs'?"),
+        ("trian.epochs=3", "file.yaml: trian: unknown key; did you mean 'train'?"),
+        ("blend.beta={kind: linear, strat: 0.1}", "override 'blend.beta.strat': unknown key; did you mean 'start'?"),
+        ("model.image={form: cifar, stem_channel: 3}", "override 'model.image.stem_channel': unknown key; known: "),
+        ("optimizer={kind: adamw, image: {momentum: 0.9}}", "override 'optimizer.image.momentum': unknown key; known:"),
+        ("optimizer.image.schedule.warmupp=0.1", "'optimizer.image.schedule.warmupp': unknown key; did you mean 'warm"),
+        ("data.1=2", "override 'data.1': unknown key; known: fit, fold, image_size"),
+        ("a..b=1", "file.yaml: a: unknown key"),
+        ("blend.beta={}", "override 'blend.beta': kind must be one of constant, linear, cosine, sigmoid, delayed_step"),
+        ("blend.beta=5", "override 'blend.beta': kind must be one of constant"),
+        ("model.image={form: [1]}", "override 'model.image': form must be one of medical, cifar"),
+        ("blend.beta={kind: piecewise}", "override 'blend.beta.knots': missing; [[fraction of training done, beta]"),
+        ("train=3", "override 'train': must be a mapping of keys to values, but it is 3"),
+        ("train.epochs='3'", "override 'train.epochs': must be a valid integer, but it is '3'"),
+        ("train.epochs=1e1", "override 'train.epochs': must be a valid integer, but it is 10.0"),
+        ("train.epochs=true", "override 'train.epochs': must be a valid integer, but it is True"),
+        ("train.epochs=0", "override 'train.epochs': must be greater than 0, but it is 0"),
+        ("train.epochs=4000000000", "override 'train.epochs': must be less than 2147483648, but it is 4000000000"),
+        ("train.zero_stage=true", "override 'train.zero_stage': must be a valid integer, but it is True"),
+        ("train.zero_stage=4", "override 'train.zero_stage': must be less than or equal to 3, but it is 4"),
+        ("model.image.stage_strides=[true, 2, 2, 1]", "override 'model.image.stage_strides.0': must be a valid int"),
+        ("model.image.concat_depth=ful", "'model.image.concat_depth': must be a valid integer or 'full', but it is"),
+        ("blend.eta=balancd", "override 'blend.eta': must be a valid number or 'balanced', but it is 'balancd'"),
+        ("augment.mirror=1", "override 'augment.mirror': must be a valid boolean, but it is 1"),
+        ("train.clip_norm=.inf", "override 'train.clip_norm': must be a finite number, but it is inf"),
+        ("train.label_smoothing=.nan", "override 'train.label_smoothing': must be a finite number, but it is nan"),
+        ("train.precision=fp16", "override 'train.precision': must be 'fp32' or 'bf16', but it is 'fp16'"),
+        ("data.shards=3", "override 'data.shards': must be a valid string, but it is 3"),
+        ("name=a/b", "override 'name': must be a string that matches '^[A-Za-z0-9][A-Za-z0-9._-]*$', but it is 'a/b'"),
+        ("name=..", "override 'name': must be a string that matches"),
+        ("name='a\n'", "override 'name': must be a string that matches"),
+        ("deepspeed={a: 2001-01-01}", "override 'deepspeed': must be made of numbers, strings, lists and mappings"),
+        ("deepspeed={a: .inf}", "override 'deepspeed': must be a finite number"),
+        ("train.epochs", "override 'train.epochs': must be dotted.key=value, as train.epochs=3"),
+        ("=3", "override '=3': must be dotted.key=value"),
+        ("train.epochs=[1", "override 'train.epochs=[1': not valid YAML in line 1"),
+        ("name.first=b", "override 'name.first=b': 'name' is 'a', not a mapping"),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, message: str) -> None:
+    assert message in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        (["train.micro_batch=65"], ["train.micro_batch 65", "train.global_batch 64"]),
+        (["augment.shift_px=64", "data.image_size=32"], ["augment.shift_px 64", "data.image_size 32"]),
+        (["model.image.concat_depth=7"], ["concat_depth 7", "6 units"]),
+        (["model.image={form: cifar, depth: 20, concat_depth: 3}"], ["concat_depth 3", "2 units"]),
+        (["model.image={form: cifar, depth: 12}"], ["depth 12", "9n + 2"]),
+        (["model.image.stage_channels=[8, 8]"], ["stage_channels [8, 8]", "units_per_stage [3, 4, 6, 3]"]),
+        (["model.image.stage_channels=[8, 8, 8, 6]"], ["stage_channels [8, 8, 8, 6]", "multiples of 4"]),
+        (["optimizer.image.schedule.milestones=[0.5, 0.2]"], ["milestones [0.5, 0.2] must rise"]),
+        (["optimizer.head.betas=[0.9]"], ["betas [0.9]", "two numbers below 1"]),
+        (["blend.beta={kind: piecewise, knots: [[0.5, 0.1], [0.5, 0.2]]}"], ["[0.5, 0.5] must rise"]),
+        (["blend.beta={kind: piecewise, knots: []}"], ["knots [] must be pairs"]),
+        (["blend.beta={kind: piecewise, knots: [[0, 1, 1]]}"], ["knots [[0.0, 1.0, 1.0]] must be pairs"]),
+        (["deepspeed.train_batch_size=3"], ["deepspeed.train_batch_size 3", "train.global_batch"]),
+        (["deepspeed.optimizer={type: Adam}"], ["deepspeed.optimizer {'type': 'Adam'}", "set optimizer"]),
+        (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage 2", "train.zero_stage 0"]),
+        (["deepspeed.zero_optimization=3"], ["deepspeed.zero_optimization 3 must be a mapping"]),
+    ],
+)
+def test_contradictions_name_both_values(overrides: list[str], values: list[str]) -> None:
+    message = refusal(*overrides)
+    for value in values:
+        assert value in message
+
+
+def test_what_is_missing_is_explained() -> None:
+    assert (
+        refusal(values={"name": "a"}) == "file.yaml: data: missing; Which samples are read and how they become tensors."
+    )
+    assert "file.yaml: data.shards: missing; Folder of the shard set" in refusal(values={"name": "a", "data": {}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold a mapping"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("a: [1\n", "not valid YAML in line 2"),
+        ("a: 1\n\tb: 2\n", "not valid YAML in line 2"),
+        ("a: b: c\n", "not valid YAML in line 1"),
+        ("train: {epochs: 1}\ntrain: {seed: 1}\n", "not valid YAML in line 2: key 'train' is given twice"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "not valid YAML in line 3: key 'epochs' is given twice"),
+        ("a: &x 1\nb: *x\n", "not valid YAML in line 2: alias *x; write the value out"),
+        ("name: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML in line 1: could not determine"),
+        ("name: !!python/name:os.system\n", "could not determine a constructor"),
+        ("name: !!python/object:os.system {}\n", "could not determine a constructor"),
+        ("name: !<tag:yaml.org,2002:python/object/new:os.system> [x]\n", "could not determine a constructor"),
+        ("name: \x00", "not valid YAML"),
+        ("[" * 2000, "nested too deeply"),
+        ("{a: " * 2000, "nested too deeply"),
+        (f"train: {{epochs: {'1' * 5000}}}", "not valid YAML"),
+        ("1: 2\nname: a\ndata: {shards: x}\n", "file.yaml: 1: must be"),
+        ("? [1, 2]\n: 3\n", "not valid YAML in line 1"),
+        ("x" * 300_000, "longer than 262,144 characters"),
+    ],
+)
+def test_wrong_files_are_named(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("file.yaml")
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith("file.yaml: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [found.name for found in tmp_path.iterdir()] == ["file.yaml"], "the file was executed"
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("absent.yaml", "No such file or directory; name a YAML file such as launch/configs/demo.yaml"),
+        ("folder", "Is a directory"),
+        ("latin.yaml", "not a YAML file"),
+        ("a\0b", "not a YAML file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_config(tmp_path / name)
+
+
+BOMBS = {
+    "lists": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(12)),
+    "mappings": "name: a\ndeepspeed:\n  a0: &a0 {x: 1}\n"
+    + "".join(f"  a{n + 1}: &a{n + 1} {{{', '.join(f'k{i}: *a{n}' for i in range(9))}}}\n" for n in range(12)),
+    "merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}\n" for n in range(12)),
+    "itself": "a: &a [*a, *a]\n",
+    "wide": "name: a\ndata: {shards: s}\nx: [" + "[], " * 60_000 + "]",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_soon(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(BOMBS[name])
+    started = time.process_time()
+    with pytest.raises(InputError):
+        load_config(path)
+    assert time.process_time() - started < 20
+
+
+def test_numbers_and_nests_too_large_to_show_are_still_refused() -> None:
+    assert "a int too large to show" in refusal("train.epochs=-0x" + "f" * 5000)
+    assert "file.yaml" in refusal(".".join(["deepspeed"] + ["a"] * 3000) + "=.inf")
+    assert "file.yaml" in refusal(".".join(["a"] * 3000) + "=1")
+    assert len(refusal(f"train.epochs={'x' * 5000}")) < 300
+    assert len(refusal(f"{'x' * 5000}=1")) < 500
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise InputError("sample 'a\n\r\x1b[2J\x07\u2028\ud800b':  wrong")
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.endswith("sample 'a \\x1b[2J\\x07 \\ud800b': wrong\n")
+    assert told.count("\n") == 1
+
+
+def test_ranks_say_the_same_line_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    own = InputError("only this rank knows")
+    own.rank_local = True
+    for error, code, line in (
+        (InputError("all know"), 2, ""),
+        (own, 2, "only this rank"),
+        (TrainingFailed("x"), 3, ""),
+    ):
+
+        def main(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_program(main)
+        assert ended.value.code == code
+        told = capsys.readouterr().err
+        assert line in told and bool(told) == bool(line)
+
+
+def test_the_command_ends_with_code_2_and_one_line(smallest_file: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), str(smallest_file), "train.epoch=3"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == "train.py: override 'train.epoch': unknown key; did you mean 'epochs'?\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- fuzz
+
+FIELDS = {name for section in all_sections() for name in section.model_fields}
+KEYS = st.sampled_from(sorted(FIELDS | {"", "x", "<<", "stage", "train_batch_size"}))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        [
+            "1e3",
+            "\ud800",
+            "constant",
+            "linear",
+            "sigmoid",
+            "piecewise",
+            "sgd_adam",
+            "adamw",
+            "medical",
+            "cifar",
+            "full",
+            "balanced",
+        ]
+    )
+)
+VALUES = st.recursive(
+    SCALARS, lambda below: st.lists(below, max_size=4) | st.dictionaries(KEYS, below, max_size=4), max_leaves=20
+)
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def survives(values: Any) -> None:
+    """Refused with one line, or accepted and then the same after having been written and read."""
+    try:
+        config = check_config(values, "file.yaml")
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+        file.write(as_yaml(config))
+        file.flush()
+        assert load_config(file.name) == config
+
+
+@FUZZ
+@given(st.dictionaries(KEYS, VALUES, max_size=5))
+def test_any_mapping_is_refused_in_one_line_or_accepted(values: dict[str, Any]) -> None:
+    survives(values)
+    survives({**SMALLEST, **values})
+
+
+@FUZZ
+@given(st.data())
+def test_any_value_for_any_key_is_refused_in_one_line_or_accepted(data: st.DataObject) -> None:
+    """Values are put where they are more likely to be nearly right than in a random mapping."""
+    values: dict[str, Any] = copy.deepcopy(SMALLEST)
+    section: type[Section] = RunConfig
+    place = values
+    while True:
+        name = data.draw(st.sampled_from(sorted(section.model_fields)))
+        choices = sections_in(section.model_fields[name])
+        if not choices or data.draw(st.integers(0, 9)) == 0:
+            place[name] = data.draw(VALUES)
+            break
+        section = data.draw(st.sampled_from(choices))
+        place[name] = {**place.get(name, {}), **_required(section)}
+        place = place[name]
+        if "kind" in section.model_fields and len(choices) > 1:
+            place["kind"] = section.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+    survives(values)
+
+
+YAML_TEXT = st.text("abk&*!<>|{}[]:,-?'\"\n\t #%@1e.=~", max_size=40)
+
+
+@FUZZ
+@given(st.one_of(YAML_TEXT, st.text(max_size=30), st.builds("{}={}".format, KEYS, YAML_TEXT)))
+def test_any_override_is_refused_in_one_line_or_accepted(override: str) -> None:
+    values = copy.deepcopy(SMALLEST)
+    try:
+        apply_override(values, override)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    survives(values)
+
+
+@FUZZ
+@given(text=st.one_of(YAML_TEXT, st.text(max_size=60), st.binary(max_size=60)))
+def test_any_file_is_refused_in_one_line_or_read(text: str | bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    try:
+        survives(read_yaml(path))
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+# -------------------------------------------------------------------------------------------------------- documentation
+
+
+def test_every_field_is_described() -> None:
+    for section in all_sections():
+        assert section.__doc__ and section.__doc__ != Section.__doc__, section
+        for name, field in section.model_fields.items():
+            assert field.description and field.description.strip().endswith("."), (section, name)
+
+
+def test_the_reference_names_every_field_and_is_current() -> None:
+    page = reference()
+    for section in set(all_sections()):
+        for name in section.model_fields:
+            assert f"\n| `{name}` |" in page
+    path = REPOSITORY / "docs" / "configuration.md"
+    assert path.read_text(encoding="utf-8") == page, "run `python -m mdnet_dist.config_docs > docs/configuration.md`"
+
+
+def test_the_reference_shows_types_limits_and_defaults() -> None:
+    rows = reference().splitlines()
+    assert "| `fit` | `pad`, `crop`, `stretch` | `pad` | How an image that is not square" in "\n".join(rows)
+    for row in (
+        "| `fold` | whole number from 0 or `null` | `null` |",
+        "| `eta` | number above 0 or `balanced` | `1.0` |",
+        "| `dropout` | number from 0 below 1 | `0.3` |",
+        "| `knots` | list of list of number from 0 to 1 | required |",
+        "| `mirror` | `true`, `false` | `false` |",
+        "| `optimizer` | section, by its `kind` | `kind: sgd_adam` |",
+    ):
+        assert any(line.startswith(row) for line in rows), row
+    assert all(line.count(" | ") == 3 for line in rows if line.startswith("| `"))
+
+
+def test_powers_are_what_python_reads() -> None:
+    """The number in a file and the same number in Python are one."""
+    for exponent in range(-30, 31):
+        value = accepted(f"optimizer.image.lr=3e{exponent}").optimizer.image.lr
+        assert value == float(f"3e{exponent}") and math.isfinite(value)
