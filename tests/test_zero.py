@@ -9,34 +9,35 @@ cutting a global batch agree, in any program.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.data import Batch
 from mdnet_dist.export import ModelCard
-from mdnet_dist.model.mdnet import NO_LABEL, MDNet
+from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import accumulation_steps, micro_batches
+from mdnet_dist.run_data import open_data
 from mdnet_dist.shards import SampleRecord
-from mdnet_dist.vocabulary import PAD
-from tests.networks import IMAGE_SIZE, TINY_IMAGE_MODEL, TINY_LANGUAGE_MODEL, freeze_batch_norm, ragged_tokens
-from tests.networks import one_thread  # noqa: F401 (a fixture)
+from mdnet_dist.trainer import StepReport, Trainer
+from mdnet_dist.vocabulary import PAD, SPECIAL_WORDS
+from tests.networks import freeze_batch_norm, one_thread, ragged_tokens  # noqa: F401 (one_thread is a fixture)
 from tests.ranks import run_ranks
+from tests.tiny import CLASSES, TOPICS, WORDS, tiny_config, tiny_set
 
-TOPICS, CLASSES = ("crowding", "mitosis", "conclusion"), ("high", "low", "normal")
-WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
-GLOBAL_BATCH, STEPS = 7, 3
+GLOBAL_BATCH, STEPS = 7, 3  # seven does not divide by two ranks, nor by three micro-batches
 BETA, ETA = 0.3, 5.0
+SIDE_PX = 32
 Weights = dict[str, np.ndarray]
 
 
@@ -45,98 +46,65 @@ class Case:
     """One way of computing the same updates."""
 
     stage: int
-    accumulation: int
+    accumulation: int = 3
     clip_norm: float = 0.0
+    from_shards: bool = False  # the batches of the tiny set through the reader, instead of `global_batches`
 
-    def micro_batch(self, ranks: int) -> int:
-        return next(
+    def config(self, ranks: int, shards: Path, runs: Path) -> RunConfig:
+        micro_batch = next(
             size
             for size in range(GLOBAL_BATCH, 0, -1)
             if accumulation_steps(GLOBAL_BATCH, size, ranks) == self.accumulation
         )
-
-
-# -------------------------------------------------------------------------------------------------- data and settings
+        constant = {"kind": "constant", "warmup": 0.0}
+        # A large epsilon: with a small one Adam's first step has the size of the rate whatever the gradient, and would
+        # turn the rounding of gradients that are nearly zero into differences of weights.
+        adam = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.01, "schedule": constant}
+        overrides = {
+            "data.reports_per_image": 2,
+            "model.language.dropout": 0.0,
+            "blend": {"beta": {"kind": "constant", "value": BETA}, "eta": ETA},
+            "optimizer.image": {"lr": 0.05, "weight_decay": 5e-3, "schedule": constant},
+            "optimizer.head": adam,
+            "optimizer.language": adam,
+            "train.global_batch": GLOBAL_BATCH,
+            "train.micro_batch": micro_batch,
+            "train.zero_stage": self.stage,
+            "train.clip_norm": self.clip_norm,
+            # ZeRO 3 would keep weights as small as these whole on every rank.
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        }
+        return tiny_config(shards, runs, overrides)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ragged samples: several or single reports, topics missing, labels missing."""
-    from data_shards.writer import Sample, write_shards
-    from mdnet_dist.images import encode_png
-
-    rng = np.random.default_rng(0)
-    samples = []
-    for number in range(GLOBAL_BATCH * STEPS + 2):
-        reports = []
-        for _ in range(1 + number % 3):
-            topics = [topic for topic in TOPICS if rng.random() < 0.6] or [TOPICS[0]]
-            reports.append({topic: " ".join(rng.choice(WORDS, rng.integers(1, 6))) for topic in topics})
-        samples.append(
-            Sample(
-                key=f"s{number:02d}",
-                split="train",
-                image=encode_png(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)),
-                extension="png",
-                record=SampleRecord(
-                    patient=f"p{number}", label=None if number % 4 == 0 else CLASSES[number % 3], reports=reports
-                ),
-            )
-        )
     folder = tmp_path_factory.mktemp("set") / "shards"
-    write_shards(samples, folder, name="ragged", topics=TOPICS, classes=CLASSES, samples_per_shard=5)
+    tiny_set(folder, train=GLOBAL_BATCH * STEPS + 2, val=1, test=1, side_px=SIDE_PX)
     return folder
 
 
-def config_of(case: Case, ranks: int, shards: Path, runs: Path) -> RunConfig:
-    constant = {"kind": "constant", "warmup": 0.0}
-    # A large epsilon: with a small one Adam's first step has the size of the rate whatever the gradient, and would
-    # turn the rounding of gradients that are nearly zero into differences of weights.
-    adam = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.01, "schedule": constant}
-    return RunConfig.model_validate(
-        {
-            "name": "zero",
-            "runs_folder": str(runs),
-            "data": {
-                "shards": str(shards), "image_size": IMAGE_SIZE, "reports_per_image": 2, "workers": 0,
-                "max_tokens": 8,
-            },
-            "model": {"image": TINY_IMAGE_MODEL.model_dump(), "language": TINY_LANGUAGE_MODEL.model_dump()},
-            "blend": {"beta": {"kind": "constant", "value": BETA}, "eta": ETA},
-            "optimizer": {
-                "image": {"lr": 0.05, "weight_decay": 5e-3, "schedule": constant},
-                "head": adam,
-                "language": adam,
-            },
-            "train": {
-                "epochs": 1, "global_batch": GLOBAL_BATCH, "micro_batch": case.micro_batch(ranks),
-                "zero_stage": case.stage, "clip_norm": case.clip_norm,
-            },
-            # ZeRO 3 would keep weights as small as these on every rank.
-            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-        }
-    )  # fmt: skip
-
-
 def global_batches() -> list[Batch]:
-    """Three global batches of seven: ragged, and with what a rank may find in its share of them.
+    """Three global batches: ragged, and with what a rank may find in its share of them.
 
     With two ranks the first three images are the first rank's. In the first batch these have no label and in the second
-    no report; in the third the last two have neither.
+    no report; in the third the last two images, which are a micro-batch with accumulation, have neither.
     """
     batches = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        tokens, lengths = ragged_tokens(step, GLOBAL_BATCH, reports=2, topics=len(TOPICS), longest=6)
+        words = len(WORDS) + len(SPECIAL_WORDS)
+        tokens, lengths = ragged_tokens(step, GLOBAL_BATCH, 2, len(TOPICS), longest=6, words=words)
         labels = torch.randint(0, len(CLASSES), (GLOBAL_BATCH,), generator=generator)
-        images = torch.randint(0, 256, (GLOBAL_BATCH, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator)
-        unlabelled, silent = [(slice(0, 3), slice(0, 0)), (slice(0, 0), slice(0, 3)), (slice(5, 7), slice(5, 7))][step]
+        images = torch.randint(0, 256, (GLOBAL_BATCH, 3, SIDE_PX, SIDE_PX), generator=generator)
+        none, first_three, last_two = slice(0, 0), slice(0, 3), slice(5, 7)
+        unlabelled, silent = [(first_three, none), (none, first_three), (last_two, last_two)][step]
         labels[unlabelled] = NO_LABEL
         labels[4] = NO_LABEL
         tokens[silent], lengths[silent] = PAD, 0
         batches.append(
             Batch(
-                keys=[f"{step}-{i}" for i in range(GLOBAL_BATCH)],
+                keys=[f"{step}-{number}" for number in range(GLOBAL_BATCH)],
                 records=[SampleRecord(patient="p", label=None, reports=[])] * GLOBAL_BATCH,
                 images=images.to(torch.uint8),
                 labels=labels,
@@ -165,7 +133,155 @@ def cut(batch: Batch, piece: slice) -> Batch:
     )
 
 
-def share_of(batches: Sequence[Batch], config: RunConfig, ranks: int, rank: int) -> Iterator[Batch]:
+def share_of(batches: Iterable[Batch], config: RunConfig, ranks: int, rank: int) -> Iterator[Batch]:
     """A rank's micro-batches of some global batches."""
     pieces = micro_batches(config.train.global_batch, config.train.micro_batch, ranks, rank)
     return (cut(batch, piece) for batch in batches for piece in pieces)
+
+
+# -------------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """What the reference has after a step."""
+
+    weights: dict[str, Tensor]
+    loss_m: float
+    loss_l: float
+    norm_m: float  # of dL_M with respect to the map
+    norm_l: float
+    gradient_norm: float  # of the whole blended gradient, before clipping
+
+
+def plain_pytorch(card: ModelCard, config: RunConfig, batches: Sequence[Batch]) -> list[PlainStep]:
+    """The same training by ordinary means; first what it starts from, then what each step gives."""
+    torch.manual_seed(config.train.seed)
+    network = card.build()
+    freeze_batch_norm(network)
+    d, m, l = (list(part.parameters()) for part in network.parts().values())  # noqa: E741 (the paper's name)
+    sgd, adam = config.optimizer.image, config.optimizer.head
+    optimizers = [
+        torch.optim.SGD(d, lr=sgd.lr, momentum=sgd.momentum, nesterov=True, weight_decay=sgd.weight_decay),
+        torch.optim.AdamW([*m, *l], lr=adam.lr, betas=(0.9, 0.999), eps=adam.eps, weight_decay=adam.weight_decay),
+    ]
+    nan = math.nan
+    steps = [PlainStep(whole_state(network), nan, nan, nan, nan, nan)]
+    for batch in batches:
+        features = network.image_model(card.normalise(batch.images))
+        logits, sharpening_map = network.class_maps(features)
+        loss_m = F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL)  # mean over those with a label
+        told = network.language_model(features, sharpening_map, batch.tokens, batch.lengths)
+        words = told.targets != PAD
+        loss_l = F.cross_entropy(told.logits[words], told.targets[words])  # mean over the words
+        map_m, *gradients_m = torch.autograd.grad(loss_m, [features, *d, *m], retain_graph=True)
+        map_l, *gradients_l = torch.autograd.grad(loss_l, [features, *d, *l])
+        for weight, of_m, of_l in zip(d, gradients_m, gradients_l):
+            weight.grad = (1 - BETA) * of_m + BETA * ETA * of_l
+        for weight, gradient in zip([*m, *l], [*gradients_m[len(d) :], *gradients_l[len(d) :]], strict=True):
+            weight.grad = gradient
+        norm = nn.utils.clip_grad_norm_([*d, *m, *l], config.train.clip_norm or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+        steps.append(
+            PlainStep(
+                whole_state(network), loss_m.item(), loss_l.item(), map_m.norm().item(), map_l.norm().item(), norm.item()
+            )
+        )
+    return steps
+
+
+def whole_state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_same_weights(ours: Weights, reference: dict[str, Tensor], before: dict[str, Tensor], what: str) -> None:
+    """Equal to 1e-5 of how far each has moved, which is much finer than 1e-5 of the weight itself."""
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        moved = (expected.double() - before[name].double()).norm()
+        rounding = 1e-7 * expected.double().norm()  # of a weight in fp32
+        difference = (torch.from_numpy(ours[name]).double() - expected.double()).norm()
+        assert difference <= 1e-5 * moved + rounding, f"{what}: {name} is {difference:.1e} off after moving {moved:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------------- on the ranks
+
+
+def new_trainer(config: RunConfig, *, resume: bool = False) -> Trainer:
+    trainer = Trainer(config, resume=resume)
+    freeze_batch_norm(trainer.network)
+    return trainer
+
+
+def as_numpy(tensors: dict[str, Tensor]) -> Weights:
+    return {name: value.numpy() for name, value in tensors.items()}
+
+
+def batches_of(trainer: Trainer, case: Case, first: int = 0, last: int = STEPS) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps from `first` up to `last`."""
+    if case.from_shards:
+        return iter(trainer.data.training_batches(trainer.config, first, last, pin_memory=False))
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return share_of(global_batches()[first:last], trainer.config, ranks, rank)
+
+
+def train(cases: list[Case], shards: Path, runs: Path) -> list[list[tuple[Weights, StepReport | None]]]:
+    """For each case the weights at the start and after each step, with what the step reported."""
+    results = []
+    for case in cases:
+        trainer = new_trainer(case.config(_ranks(), shards, runs))
+        batches = batches_of(trainer, case)
+        steps: list[tuple[Weights, StepReport | None]] = [(as_numpy(trainer.engine.weights()), None)]
+        for _ in range(STEPS):
+            report = trainer.train_step(batches)
+            steps.append((as_numpy(trainer.engine.weights()), report))
+        assert next(batches, None) is None
+        results.append(steps)
+        trainer.close()
+    return results
+
+
+def _ranks() -> int:
+    import os
+
+    return int(os.environ["WORLD_SIZE"])
+
+
+def assert_equal_to_plain_pytorch(cases: list[Case], ranks: int, shards: Path, runs: Path) -> None:
+    by_rank = run_ranks(train, ranks, cases, shards, runs)
+    for number, case in enumerate(cases):
+        config = case.config(ranks, shards, runs)
+        data = open_data(config)
+        batches = global_batches()
+        if case.from_shards:
+            whole = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": GLOBAL_BATCH})})
+            batches = list(data.training_batches(whole, 0, STEPS, pin_memory=False))
+        reference = plain_pytorch(data.card, config, batches)
+        if case.clip_norm:
+            assert all(step.gradient_norm > 1.5 * case.clip_norm for step in reference[1:]), "clips nothing"
+        for rank in range(ranks):
+            for index, ((weights, report), expected) in enumerate(zip(by_rank[rank][number], reference, strict=True)):
+                what = f"{case}, rank {rank}, step {index}"
+                assert_same_weights(weights, expected.weights, reference[max(0, index - 1)].weights, what)
+                assert all(np.array_equal(weights[name], by_rank[0][number][index][0][name]) for name in weights), what
+                if report:
+                    assert report.finite and report.moved and not report.stop
+                    assert report.loss_m == pytest.approx(expected.loss_m, rel=1e-5), what
+                    assert report.loss_l == pytest.approx(expected.loss_l, rel=1e-5), what
+                    assert report.gradient_norm_m == pytest.approx(expected.norm_m, rel=1e-4), what
+                    assert report.gradient_norm_l == pytest.approx(expected.norm_l, rel=1e-4), what
+
+
+def test_two_ranks_under_zero_2_equal_plain_pytorch(shards: Path, tmp_path: Path) -> None:
+    """The quick one of the cases below."""
+    assert_equal_to_plain_pytorch([Case(stage=2)], 2, shards, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_and_accumulation_equals_plain_pytorch(ranks: int, shards: Path, tmp_path: Path) -> None:
+    cases = [Case(stage, accumulation) for stage, accumulation in product(range(4), [1, 3])]
+    cases += [Case(stage, clip_norm=0.2) for stage in range(4)]
+    cases += [Case(stage, from_shards=True) for stage in (0, 3)]
+    assert_equal_to_plain_pytorch(cases, ranks, shards, tmp_path)
