@@ -19,6 +19,7 @@ from mdnet_dist.errors import InputError, Preempted
 from mdnet_dist.evaluation import Evaluation, Explained, Prediction, score
 from mdnet_dist.figures import draw_confusion_matrix, draw_report, draw_training_curves
 from mdnet_dist.images import decode_mask
+from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_reports, score_reports
 from mdnet_dist.run_data import RunData
 from mdnet_dist.run_folder import CONFIG, METRICS, PICTURES, PREDICTIONS
@@ -175,7 +176,10 @@ def score_table(result: Result) -> str:
         "people": yardstick_people(predictions, data, nltk_data),
         "oracle": yardstick_oracle(predictions, data, nltk_data),
     }
-    return table(TABLE_ROWS, columns)
+    scores = table(TABLE_ROWS, columns)
+    if data.card.topics and (reason := meteor_unavailable_reason()):
+        scores += f"\n{reason}"
+    return scores
 
 
 def yardstick_people(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:

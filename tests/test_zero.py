@@ -210,6 +210,7 @@ def assert_same_weights(ours: Weights, reference: dict[str, Tensor], before: dic
 
 def new_trainer(config: RunConfig, *, resume: bool = False) -> Trainer:
     trainer = Trainer(config, resume=resume)
+    trainer._stop = None
     freeze_batch_norm(trainer.network)
     return trainer
 
