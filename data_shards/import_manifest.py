@@ -1,4 +1,4 @@
-"""Import a manifest: JSON lines beside the images (DESIGN.md section 4), the format for people's own data.
+"""Import a manifest: JSON lines beside the images (docs/design.md section 2), the format for people's own data.
 
     {"image": "images/a.png", "patient": "p01", "split": "train", "label": "high grade", "mask": "masks/a.png",
      "reports": [{"pleomorphism": "...", "conclusion": "..."}, ...]}

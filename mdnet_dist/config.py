@@ -90,7 +90,7 @@ class AugmentConfig(Section):
 
 
 class MedicalImageModel(Section):
-    """D for medical images: 7x7 stride-2 stem, pooling, stages of bottleneck units (DESIGN.md section 3)."""
+    """D for medical images: 7x7 stride-2 stem, pooling, stages of bottleneck units (docs/design.md section 1)."""
 
     form: Literal["medical"] = "medical"
     """Chooses this section."""
@@ -145,7 +145,7 @@ def _check_concat_depth(concat_depth: int | str, most_units: int) -> None:
 
 
 class LanguageModelConfig(Section):
-    """L: the LSTM that says each topic's sentence (DESIGN.md section 3)."""
+    """L: the LSTM that says each topic's sentence (docs/design.md section 1)."""
 
     embedding: Positive = 256
     """Size of word and topic embeddings."""

@@ -28,7 +28,7 @@ from mdnet_dist.shards import CONCLUSION, Report
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A line of predictions.jsonl (DESIGN.md section 5), with what scoring needs besides."""
+    """A line of predictions.jsonl (docs/design.md section 3), with what scoring needs besides."""
 
     key: str
     patient: str

@@ -36,7 +36,7 @@ def epoch_order(
 
     Args:
         samples_per_shard: in the manifest's order. Samples are numbered through all shards in that order.
-        window: samples, over all lanes, that may be held in memory; no sample moves further than that.
+        window: samples, over all lanes, that may be held in memory; no sample moves further than that and a batch.
 
     Returns:
         sample numbers (steps, global_batch), int64; each sample at most once.

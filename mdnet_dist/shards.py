@@ -1,4 +1,4 @@
-"""The shard format: what `data_shards` writes and training reads (DESIGN.md section 4). Standard library only.
+"""The shard format: what `data_shards` writes and training reads (docs/design.md section 2). Standard library only.
 
     OUT/manifest.json        this file's `ShardManifest`
     OUT/PART-000000.tar      PART is train, val, test, or fold0..fold4

@@ -184,7 +184,7 @@ def test_every_depth_trains_a_step(depth: int | str) -> None:
 
 
 def test_concatenated_outputs_reach_the_classifier_through_weights_of_their_own() -> None:
-    """DESIGN.md section 3: the logit is F_2 w_1 + F_1 w_2 + W y w_3, where a residual stage has (F_2 + F_1 + W y) w."""
+    """docs/design.md section 1: the logit is F_2 w_1 + F_1 w_2 + W y w_3, where a residual stage has (F_2 + F_1 + W y) w."""
     torch.manual_seed(4)
     stage, width = build_stage(4, 8, 2, 1, "full")
     stage = stage.double()

@@ -1,4 +1,4 @@
-"""M, auxiliary attention sharpening: class activation maps (DESIGN.md section 3; Zhou et al., CVPR 2016).
+"""M, auxiliary attention sharpening: class activation maps (docs/design.md section 1; Zhou et al., CVPR 2016).
 
 Shapes: B images, C channels, P = h*w map positions, N classes.
 """

@@ -1,4 +1,4 @@
-"""D, the image model: a pre-activation residual network with ensemble connections (DESIGN.md section 3).
+"""D, the image model: a pre-activation residual network with ensemble connections (docs/design.md section 1).
 
 In a residual network the classifier sees the sum of all units' outputs through one weight vector. Where a unit
 concatenates instead, its output reaches the classifier through weights of its own. `concat_depth` says how many units

@@ -1,4 +1,4 @@
-"""L, the language model: one LSTM that says each topic's sentence while it looks at the map (DESIGN.md section 3).
+"""L, the language model: one LSTM that says each topic's sentence while it looks at the map (docs/design.md section 1).
 
     start     E_topic + W_v v                                    one input to the LSTM, giving h_0
     attention a_t = softmax_p( w . tanh(W_c C_p + W_h h_{t-1} + u A(p)) ),    z_t = sum_p a_t(p) C_p
