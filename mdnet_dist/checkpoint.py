@@ -120,12 +120,12 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "state.json"
     try:
-        return TypeAdapter(Progress).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return TypeAdapter(Progress).validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise InputError(
             f"{path}: damaged ({first_problem(error)}); delete the folder to use the checkpoint before it"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
 
 

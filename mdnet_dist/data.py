@@ -26,7 +26,7 @@ from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import decode_image
 from mdnet_dist.model.mdnet import NO_LABEL
-from mdnet_dist.plan import epoch_order, evaluation_share, micro_batches, reading_horizon, steps_per_epoch
+from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
 from mdnet_dist.shards import SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
 from mdnet_dist.signals import ignore_in_worker
 from mdnet_dist.vocabulary import PAD, Vocabulary, tokenize
@@ -120,9 +120,9 @@ def _members(path: Path) -> Iterator[dict]:
     """The members of a shard that are read, as `group_by_keys` takes them.
 
     WebDataset's own tar reader also unpacks compressed files and sparse members, with which a few bytes fill any
-    memory; this one refuses both.
+    memory; this one refuses both. And it takes a header that is damaged or cut off for the end of the file.
     """
-    with tarfile.open(path, mode="r|") as tar:
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # else they pile up
             if not member.isreg() or member.name.partition(".")[2].lower() not in MEMBERS:
@@ -134,6 +134,9 @@ def _members(path: Path) -> Iterator[dict]:
             content = tar.extractfile(member)
             assert content is not None  # it is a plain file
             yield {"fname": member.name, "data": content.read(), "__url__": str(path)}
+        file.seek(tar.offset)  # type: ignore[attr-defined]
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("cut off, or a damaged header")
 
 
 def _raw_sample(members: dict, path: str, number: int) -> RawSample:
@@ -296,13 +299,14 @@ class TrainingStream(IterableDataset):
         self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
         self.global_batch, self.seed = global_batch, seed
         self.pieces = micro_batches(global_batch, micro_batch, ranks, rank)
-        self.first_step, self.steps = first_step, steps
+        self.first_step, self.steps, self.ranks = first_step, steps, ranks
         self.samples = sum(shard.samples for shard in self.shards)
         self.steps_per_epoch = steps_per_epoch(self.samples, global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        horizon = reading_horizon(self.global_batch, self.encoder.config.shuffle_window, self.ranks * workers)
         step, micro_batch_number = self.first_step, 0
         while step < self.steps:
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -319,13 +323,12 @@ class TrainingStream(IterableDataset):
                     if micro_batch_number % workers == worker:
                         mine.append(numbers[piece])
                     micro_batch_number += 1
-            yield from self._batches(mine, epoch)
+            yield from self._batches(mine, epoch, horizon)
             step += len(order)
 
-    def _batches(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+    def _batches(self, batches: list[np.ndarray], epoch: int, horizon: int) -> Iterator[Batch]:
         if not batches:
             return
-        horizon = reading_horizon(self.global_batch, self.encoder.config.shuffle_window)
         samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon)
         for numbers in batches:
             yield self._batch([next(samples) for _ in numbers], epoch)
@@ -341,20 +344,24 @@ class TrainingStream(IterableDataset):
 
 
 class EvaluationStream(IterableDataset):
-    """This rank's share of the samples of some parts, each once, without augmentation and with all reports."""
+    """This rank's share of some parts, each sample once, without augmentation and with all reports.
+
+    Which samples form a batch does not depend on the number of ranks, so that neither does any number computed of them.
+    """
 
     def __init__(
         self, encoder: Encoder, manifest: ShardManifest, parts: Sequence[str], *, batch: int, ranks: int, rank: int
     ) -> None:
         super().__init__()
-        self.encoder, self.batch = encoder, batch
+        self.encoder = encoder
         self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
-        self.numbers = np.array(evaluation_share(sum(shard.samples for shard in self.shards), ranks, rank), dtype=int)
+        samples = sum(shard.samples for shard in self.shards)
+        self.batches = [np.array(numbers) for numbers in evaluation_batches(samples, batch, ranks, rank)]
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        batches = [self.numbers[i : i + self.batch] for i in range(0, len(self.numbers), self.batch)][worker::workers]
+        batches = self.batches[worker::workers]
         if not batches:
             return
         samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon=0)
@@ -394,7 +401,6 @@ class _ErrorsAsItems(IterableDataset):
         try:
             yield from self.stream
         except InputError as error:
-            error.rank_local = True
             yield error
 
 

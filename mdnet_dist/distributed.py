@@ -96,6 +96,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def raise_together(problem: Exception | None) -> None:
+    """Raise the first rank's problem on every rank; nothing where no rank has one."""
+    for found in gather(problem):
+        if found is not None:
+            raise found
+
+
 def barrier() -> None:
     """Wait until every rank has come here."""
     if world_size() > 1:

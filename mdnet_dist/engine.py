@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.distributed import local_device, prepare_environment, sum_over_ranks, world_size
+from mdnet_dist.errors import InputError
 from mdnet_dist.model.mdnet import Losses, MDNet
 from mdnet_dist.optimizer import STATE_KEYS, PartOptimizer
 from mdnet_dist.plan import accumulation_steps
@@ -44,8 +45,16 @@ def start_processes() -> torch.device:
     deepspeed = _import_deepspeed()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells of compiling its shared-memory operator
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells of compiling its shared-memory operator
+                deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise InputError(
+                f"port {port} is taken, by another job perhaps; choose one: deepspeed --master_port {int(port) + 1} ..."
+            ) from error
     return device
 
 

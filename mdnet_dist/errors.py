@@ -20,8 +20,6 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what is wrong, where, and what would be right."""
 
     exit_code = 2
-    rank_local = False
-    """Only the rank that raised it knows of it, so that rank prints it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
@@ -55,13 +53,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run_program(main: Callable[[], None]) -> None:
     """Run `main` and leave the process with its exit code; expected errors print one line, no traceback.
 
-    With several ranks only the first prints, unless the error is one rank's own (`InputError.rank_local`): all
-    ranks check the same configuration and would say the same line.
+    With several ranks only the first prints: what one of them finds wrong is raised on all
+    (`mdnet_dist.distributed.raise_together`), and all would say the same line.
     """
     try:
         main()
     except (InputError, TrainingFailed, Preempted) as error:
-        if os.environ.get("RANK", "0") == "0" or (isinstance(error, InputError) and error.rank_local):
+        if os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from mdnet_dist.data import Batch
 from mdnet_dist.decoding import decode
-from mdnet_dist.distributed import gather, is_first, on_first
+from mdnet_dist.distributed import gather, is_first, on_first, raise_together
+from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
 from mdnet_dist.metrics.reports import ScoredImage, said_class, score_reports
@@ -102,10 +103,15 @@ def evaluate(
     """
     predictions: list[Prediction] = []
     explained: list[Explained] = []
-    for batch in batches:
-        done, shown = _predict(network, card, batch, device, beam_width, max(0, pictures - len(explained)))
-        predictions += done
-        explained += shown
+    problem: InputError | None = None
+    try:
+        for batch in batches:
+            done, shown = _predict(network, card, batch, device, beam_width, max(0, pictures - len(explained)))
+            predictions += done
+            explained += shown
+    except InputError as error:
+        problem = error
+    raise_together(problem)
     gathered = sorted(
         (prediction for part in gather(predictions) for prediction in part), key=lambda prediction: prediction.key
     )

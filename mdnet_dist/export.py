@@ -102,10 +102,11 @@ def load_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
         if isinstance(raw, dict) and raw.get("format") != FORMAT_VERSION:
             raise InputError(f"{path}: format {raw.get('format')}, but this version reads format {FORMAT_VERSION}")
-        card = TypeAdapter(ModelCard).validate_python(raw)
+        card = TypeAdapter(ModelCard).validate_json(text)
         DataConfig.model_validate({**card.data, "shards": ""})
         ModelConfig.model_validate(card.model)
         Vocabulary(card.words)  # refuses repeats

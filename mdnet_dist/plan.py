@@ -73,14 +73,17 @@ def _largest_divisor(number: int, at_most: int) -> int:
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)
 
 
-def reading_horizon(global_batch: int, window: int) -> int:
-    """How many places ahead of its turn, in one rank's order of samples, a reader may meet a sample and should keep it.
+def reading_horizon(global_batch: int, window: int, readers: int) -> int:
+    """How many places ahead of its turn, in its own order of samples, a reader may meet a sample and should keep it.
 
-    A lane's sample comes at most `window` / lanes places early or late, so that a reader meets samples of its lanes
-    2 * `window` places ahead at most; the batches that it is in the midst of come on top. What comes even later lies in
-    another lane's piece of the same shard, or where the epoch's sequence was cut.
+    A lane's sample comes at most `window` / lanes places early or late, so that all readers together meet samples of
+    their lanes 2 * `window` places ahead at most; the batches that they are in the midst of come on top. What comes even
+    later lies in another lane's piece of the same shard, or where the epoch's sequence was cut.
+
+    Args:
+        readers: ranks x loader workers, among which the order is dealt.
     """
-    return 2 * window + 4 * global_batch
+    return -(-2 * window // readers) + 4 * global_batch
 
 
 def rank_share(global_batch: int, ranks: int, rank: int) -> slice:
@@ -111,6 +114,12 @@ def micro_batches(global_batch: int, micro_batch: int, ranks: int, rank: int) ->
     ]
 
 
-def evaluation_share(samples: int, ranks: int, rank: int) -> range:
-    """The samples that a rank scores: contiguous, every sample once over all ranks, in the manifest's order."""
-    return range(rank * samples // ranks, (rank + 1) * samples // ranks)
+def evaluation_batches(samples: int, batch: int, ranks: int, rank: int) -> list[range]:
+    """The batches that a rank scores: every sample once over all ranks, in the manifest's order.
+
+    The batches are cut before they are dealt, and dealt whole: sums of floating-point numbers depend on what else is in
+    a batch, so that its composition must not follow from the number of ranks. The first rank always has the first one.
+    """
+    batches = -(-samples // batch)
+    mine = range(-(-rank * batches // ranks), -(-(rank + 1) * batches // ranks))
+    return [range(number * batch, min((number + 1) * batch, samples)) for number in mine]

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.data import Encoder, EvaluationStream, Loader, TrainingStream, check_shards, parts_of, read_shard
-from mdnet_dist.distributed import gather, rank, world_size
+from mdnet_dist.distributed import raise_together, rank, world_size
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
@@ -107,9 +107,7 @@ def _check_shards_together(folder: Path, shards: list[ShardInfo]) -> None:
         check_shards(folder, shards, ranks=world_size(), rank=rank())
     except InputError as error:
         problem = error
-    for found in gather(problem):
-        if found is not None:
-            raise found
+    raise_together(problem)
 
 
 def _conclusions(statistics: list[PartStatistics]) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""The folder of a run, `runs/NAME/` (docs/design.md section 3): found, made, and filled with what other programs rely on.
+"""The folder of a run, `runs/NAME/` (docs/design.md section 3): found, made, and filled.
 
 config.yaml        the resolved configuration
 checkpoints/       `mdnet_dist.checkpoint`

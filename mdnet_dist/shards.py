@@ -194,6 +194,8 @@ def parse_record(raw: bytes, where: str) -> SampleRecord:
         well_formed = (
             isinstance(record.patient, str)
             and (record.label is None or isinstance(record.label, str))
+            and isinstance(record.grades, dict)
+            and all(isinstance(grade, str) for grade in record.grades.values())
             and isinstance(record.reports, list)
             and all(
                 isinstance(report, dict) and all(isinstance(sentence, str) for sentence in report.values())
@@ -205,5 +207,5 @@ def parse_record(raw: bytes, where: str) -> SampleRecord:
             f"{where}: not a sample record ({error}); `python -m data_shards verify` checks a set"
         ) from error
     if not well_formed:
-        raise InputError(f"{where}: not a sample record; patient, label and report sentences must be strings")
+        raise InputError(f"{where}: not a sample record; patient, label, sentences and grades must be strings")
     return record

@@ -29,7 +29,16 @@ from mdnet_dist.config import RunConfig
 from mdnet_dist.console import Progress as ProgressBar
 from mdnet_dist.console import say
 from mdnet_dist.data import Batch
-from mdnet_dist.distributed import barrier, from_first, is_first, on_first, rank, sum_over_ranks, world_size
+from mdnet_dist.distributed import (
+    barrier,
+    from_first,
+    is_first,
+    on_first,
+    raise_together,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from mdnet_dist.engine import Engine, start_processes
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
 from mdnet_dist.evaluation import Evaluation, evaluate, main_score
@@ -102,19 +111,23 @@ class Trainer:
         fraction = (self.step + 0.5) / self.steps
         self.engine.optimizer.schedule(fraction)
         self.network.blend.set(self.beta, self.current_eta)
-        torch.manual_seed(_step_seed(train.seed, self.step, rank()))  # dropout
 
-        started = time.monotonic()
         pieces = accumulation_steps(train.global_batch, train.micro_batch, ranks)
-        micro_batches = [next(batches).to(self.device) for _ in range(pieces)]
+        started = time.monotonic()
+        micro_batches, problem = _fetch(batches, pieces)
         waited = time.monotonic() - started
 
         images = sum(int((batch.labels != NO_LABEL).sum()) for batch in micro_batches)
         words = sum(int(batch.lengths.sum()) for batch in micro_batches)
-        labelled, tokens = sum_over_ranks(torch.tensor([images, words], device=self.device)).clamp(min=1)
+        counts = sum_over_ranks(torch.tensor([images, words, problem is not None], device=self.device))
+        labelled, tokens = counts[:2].clamp(min=1)
+        if counts[2]:
+            raise_together(problem)
 
         sums = torch.zeros(2, device=self.device)
-        for number, batch in enumerate(micro_batches, start=1):
+        # For dropout; here, because a DataLoader draws a number too when it starts.
+        torch.manual_seed(_step_seed(train.seed, self.step, rank()))
+        for number, batch in enumerate((batch.to(self.device) for batch in micro_batches), start=1):
             losses = self.engine.losses(
                 self._images(batch), batch.labels, batch.tokens, batch.lengths, train.label_smoothing
             )
@@ -366,6 +379,14 @@ class Trainer:
     def close(self) -> None:
         """Free what the engine holds."""
         self.engine.close()
+
+
+def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], InputError | None]:
+    """This rank's micro-batches of a step, or what is wrong with its data: other ranks must hear of it first."""
+    try:
+        return [next(batches) for _ in range(pieces)], None
+    except InputError as error:
+        return [], error
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def test_beta_goes_one_way_from_start_to_end(schedule: BetaSchedule, fractions: 
     if isinstance(schedule, ConstantBeta):
         assert set(betas) == {schedule.value}
         return
+    assert not isinstance(schedule, PiecewiseBeta)
     assert betas == sorted(betas, reverse=schedule.end < schedule.start)
     low, high = sorted((schedule.start, schedule.end))
     assert all(low - 1e-15 <= beta <= high + 1e-15 for beta in betas)
@@ -152,12 +154,12 @@ def test_steps_multiply_at_each_milestone() -> None:
 def test_rates_fall_once_warm(kind: str, warmup: float, fractions: list[float]) -> None:
     schedule = ScheduleConfig(kind=kind, warmup=warmup)  # type: ignore[arg-type]
     warm = [learning_rate_factor(schedule, fraction) for fraction in sorted(fractions) if fraction >= warmup]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(warm, warm[1:]))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(warm))
 
 
 # ------------------------------------------------------------------------------------------------------------------ eta
 
-NORMS = st.floats(1e-3, 1e3)
+NORMS = st.floats(0.02, 100)  # the clamp is far
 
 
 def test_eta_is_1_before_anything_was_measured() -> None:
@@ -170,7 +172,7 @@ def test_eta_of_steady_norms_is_their_ratio_from_the_first_step(norm_m: float, n
     balance = EtaBalance(memory)
     for _ in range(3):
         balance.update(norm_m, norm_l)
-        assert balance.eta == pytest.approx(norm_m / norm_l, rel=1e-9) or norm_m / norm_l in (1e-4, 1e4)
+        assert balance.eta == pytest.approx(norm_m / norm_l, rel=1e-9)
 
 
 @given(NORMS, NORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,15 @@ from tests.conftest import REPOSITORY, shared_data
 from tests.tiny import CLASSES, TOPICS, tiny_config, tiny_set
 
 TIMEOUT_SECONDS = 280.0
-DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q"]
+
+
+def deepspeed(ranks: int) -> list[str]:
+    """The launcher for so many ranks, on a port that no other job has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [sys.executable, launcher, "-q", "--master_port", str(port), "--num_accelerators", str(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def the_one_line(finished: subprocess.CompletedProcess[str], code: int = 2) -> s
 @pytest.mark.slow
 def test_two_ranks_train_score_export_and_log(tmp_path: Path, shards: Path) -> None:
     config = write_yaml(tmp_path, shards, train__epochs=2, evaluate__pictures=1, train__micro_batch=2)
-    finished = run(*DEEPSPEED, "--num_accelerators", 2, "launch/train.py", config, "name=two")
+    finished = run(*deepspeed(2), "launch/train.py", config, "name=two")
     assert finished.returncode == 0, finished.stderr + finished.stdout
     folder = tmp_path / "runs" / "two"
     assert "Traceback" not in finished.stderr
@@ -183,7 +192,7 @@ def test_real_images_train_on_two_ranks(tmp_path: Path) -> None:
     config = write_yaml(
         tmp_path, shards, train__epochs=3, data__image_size=64, data__max_tokens=16, data__reports_per_image=2
     )
-    finished = run(*DEEPSPEED, "--num_accelerators", 2, "launch/train.py", config)
+    finished = run(*deepspeed(2), "launch/train.py", config)
     assert finished.returncode == 0, finished.stderr + finished.stdout
     losses = [
         point["metrics"]["train/loss_l"]
@@ -241,7 +250,7 @@ def test_wrong_data_ends_with_one_line_and_leaves_nothing(
     elif damage == "missing":
         (shards / "train-000000.tar").unlink()
     config = write_yaml(tmp_path, shards)
-    launcher = [sys.executable] if ranks == 1 else [*DEEPSPEED, "--num_accelerators", ranks]
+    launcher = [sys.executable] if ranks == 1 else deepspeed(ranks)
     line = the_one_line(run(*launcher, "launch/train.py", config, *overrides))
     assert all(name in line for name in named), line
     assert not (tmp_path / "runs" / "tiny").exists()
@@ -264,7 +273,7 @@ def test_a_damaged_image_stops_all_ranks_and_is_named(tmp_path: Path) -> None:
     listed = [replace(shard, sha256=sha256_of(path)) if shard.file == path.name else shard for shard in manifest.shards]
     replace(manifest, shards=listed).write(shards)
     config = write_yaml(tmp_path, shards, data__workers=1)
-    line = the_one_line(run(*DEEPSPEED, "--num_accelerators", 2, "launch/train.py", config))
+    line = the_one_line(run(*deepspeed(2), "launch/train.py", config))
     assert "train-000002.tar" in line
     assert "sample 'train_" in line
     assert "does not decode" in line

@@ -119,7 +119,7 @@ def global_batches() -> list[Batch]:
 def cut(batch: Batch, piece: slice) -> Batch:
     """A micro-batch as the loader would make it: no longer and with no more reports than its own samples need."""
     lengths = batch.lengths[piece]
-    reports = max(1, int(lengths.sum((0, 2)).count_nonzero()))
+    reports = 1 + max([0, *lengths.sum((0, 2)).nonzero().flatten().tolist()])
     longest = max(1, int(lengths.max()))
     return replace(
         batch,
