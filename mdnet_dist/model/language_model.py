@@ -91,6 +91,35 @@ def _slices(keys: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
     return queries.split(max(1, _AttentionScores.SLICE_NUMBERS // max(1, keys.numel())), 1)
 
 
+class _Together(torch.autograd.Function):
+    """Identity on several tensors whose gradients then come back all at once, in the order of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+class _LSTM(nn.LSTM):
+    """nn.LSTM whose four weights always receive their gradients in the same order.
+
+    Over packed sentences on the CPU that order depends on their lengths. ZeRO 2 and 3 put gradients into the buckets
+    that ranks exchange as they arrive, without names: two ranks with other sentences would add up unlike weights.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As nn.LSTM."""
+        own = self._flat_weights
+        self._flat_weights = list(_Together.apply(*(getattr(self, name) for name in self._flat_weights_names)))
+        try:
+            return super().forward(input, hx)
+        finally:
+            self._flat_weights = own
+
+
 class LanguageModel(nn.Module):
     """theta_L: embeddings, LSTM, attention, output."""
 
@@ -100,7 +129,7 @@ class LanguageModel(nn.Module):
         self.topic_embedding = nn.Embedding(topics, config.embedding)
         self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
         self.start_projection = nn.Linear(channels, config.embedding)  # W_v
-        self.lstm = nn.LSTM(config.embedding, config.hidden, batch_first=True)
+        self.lstm = _LSTM(config.embedding, config.hidden, batch_first=True)
         self.key = nn.Linear(channels, config.attention)  # W_c
         self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
         self.sharpening = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1)) if sharpen else None  # u
@@ -184,9 +213,13 @@ class LanguageModel(nn.Module):
         words = tokens.flatten(0, 2)[told]
         words = torch.cat([torch.full_like(words[:, :1], START), words[:, :-1]], 1)
         starts = self.starts(view)[told // (R * K), told % K]
+        # One more sentence, of a single step that nobody reads, so that never all are equally long: for those PyTorch
+        # has another LSTM on the CPU, whose gradients are ready in another order. ZeRO 2 adds them up over the ranks in
+        # the order in which each rank has them ready, and would mix up W_ih and W_hh in silence.
+        words, starts, lengths = F.pad(words, (0, 0, 0, 1)), F.pad(starts, (0, 0, 0, 1)), F.pad(lengths, (0, 1))
         inputs = torch.cat([starts[:, None], self.dropout(self.word_embedding(words))], 1)
         packed = pack_padded_sequence(inputs, 1 + lengths, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0]
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0][:-1]
 
     def word_losses(self, told: Told) -> Tensor:
         """Negative log-likelihood of each word, 0 where there is none: (B, S) in fp32."""
