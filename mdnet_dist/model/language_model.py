@@ -106,8 +106,9 @@ class _Together(torch.autograd.Function):
 class _LSTM(nn.LSTM):
     """nn.LSTM whose four weights always receive their gradients in the same order.
 
-    Over packed sentences on the CPU that order depends on their lengths. ZeRO 2 and 3 put gradients into the buckets
-    that ranks exchange as they arrive, without names: two ranks with other sentences would add up unlike weights.
+    Where all packed sentences are equally long, PyTorch runs another LSTM on the CPU, whose gradients are ready in another
+    order. ZeRO 2 and 3 put gradients into the buckets that ranks exchange as they arrive, without names: a rank with
+    equally long sentences and one without would add up unlike weights, in silence.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -213,13 +214,9 @@ class LanguageModel(nn.Module):
         words = tokens.flatten(0, 2)[told]
         words = torch.cat([torch.full_like(words[:, :1], START), words[:, :-1]], 1)
         starts = self.starts(view)[told // (R * K), told % K]
-        # One more sentence, of a single step that nobody reads, so that never all are equally long: for those PyTorch
-        # has another LSTM on the CPU, whose gradients are ready in another order. ZeRO 2 adds them up over the ranks in
-        # the order in which each rank has them ready, and would mix up W_ih and W_hh in silence.
-        words, starts, lengths = F.pad(words, (0, 0, 0, 1)), F.pad(starts, (0, 0, 0, 1)), F.pad(lengths, (0, 1))
         inputs = torch.cat([starts[:, None], self.dropout(self.word_embedding(words))], 1)
         packed = pack_padded_sequence(inputs, 1 + lengths, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0][:-1]
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0]
 
     def word_losses(self, told: Told) -> Tensor:
         """Negative log-likelihood of each word, 0 where there is none: (B, S) in fp32."""
