@@ -1,7 +1,7 @@
 """Gradients arrive in the same order whatever the batch: ZeRO 2 and 3 exchange them by order of arrival, without names.
 
-Two ranks whose orders differ add up unlike weights, in silence. It happened: where all packed sentences are equally long,
-PyTorch runs another LSTM on the CPU, and the weights receive their gradients in another order.
+Two ranks whose orders differ add up unlike weights, in silence. It happened: where all packed sentences are equally
+long, PyTorch runs another LSTM on the CPU, and the weights receive their gradients in another order.
 """
 
 from __future__ import annotations

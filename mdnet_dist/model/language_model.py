@@ -106,9 +106,9 @@ class _Together(torch.autograd.Function):
 class _LSTM(nn.LSTM):
     """nn.LSTM whose four weights always receive their gradients in the same order.
 
-    Where all packed sentences are equally long, PyTorch runs another LSTM on the CPU, whose gradients are ready in another
-    order. ZeRO 2 and 3 put gradients into the buckets that ranks exchange as they arrive, without names: a rank with
-    equally long sentences and one without would add up unlike weights, in silence.
+    Where all packed sentences are equally long, PyTorch runs another LSTM on the CPU, whose gradients are ready in
+    another order. ZeRO 2 and 3 put gradients into the buckets that ranks exchange as they arrive, without names: a rank
+    with equally long sentences and one without would add up unlike weights, in silence.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
