@@ -5,6 +5,7 @@ RUN := $(VENV)/bin/python
 # -q: the launcher's own remarks would hide ours. DeepSpeed finds GPUs by itself; without one it would warn at each start.
 DEEPSPEED := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo DS_ACCELERATOR=cpu) $(VENV)/bin/deepspeed -q
 DATA := runs/data/bladder
+PARALLEL := -n auto --maxprocesses 4
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,10 +24,11 @@ $(DATA)/manifest.json: | venv
 # Lint, types, then every test. The slow ones start several processes each: no parallel runner for them.
 test: venv lint
 	$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
-	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest
+	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m "not slow" $(PARALLEL)
+	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m slow --durations 10
 
 quick: venv
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 ui: venv
 	@$(RUN) launch/mlflow_ui.py

@@ -64,6 +64,18 @@ def prepare_pixels(image_path: Path, mask_path: Path | None, where: str, max_sid
     return Pixels(image=bare, extension=extension, mask=mask_png)
 
 
+def open_image(path: Path) -> Image.Image:
+    """A user's image file as the RGB pixels that training would see of it, had it been imported.
+
+    Raises:
+        InputError: a file that cannot be read or decoded.
+    """
+    where = str(path)
+    raw = _read(path, "image")
+    dicom = is_dicom(raw) or path.suffix.lower() == ".dcm"
+    return decode_dicom(raw, where).convert("RGB") if dicom else decode_image(raw, where)
+
+
 def strip_jpeg(raw: bytes) -> bytes | None:
     """A grey or YCbCr/RGB JPEG without its metadata; its compressed pixels are copied.
 

@@ -119,7 +119,7 @@ WORDINGS: dict[str, dict[str, dict[str, int]]] = {
             "polarity towards the surface is lost in some areas": 19,
         },
         "completely lost": {
-            "polarity is completely lost": 33,
+            "polarity is wholly lost": 33,
             "the cells lie in complete disorder": 26,
             "the cells lose their polarity throughout the urothelium": 22,
             "polarity towards the surface is lost in all layers": 19,

@@ -95,6 +95,7 @@ def draw_field(grades: dict[str, str], style: Style, size_px: int, rng: np.rando
     nuclei = place_nuclei(grades, allowed if allowed.any() else urothelium, depth, upward, lost, r, rng)
     at = nuclei.y.astype(int), nuclei.x.astype(int)
     dividing = choose_mitoses(grades["mitosis"], nuclei, depth[at] / thickness[at], float(urothelium.sum()), r, rng)
+    dividing &= not unclear  # a figure that nobody could tell for one would be marked
     paint_cells(eosin, urothelium, lost, nuclei, r)
     paint_nuclei(haematoxylin, eosin, nuclei.where(~dividing))
     haematoxylin *= 1 + 0.13 * _noise(size_px, 0.4 * r, rng)  # chromatin is granular

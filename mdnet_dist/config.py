@@ -80,9 +80,9 @@ class AugmentConfig(Section):
     """Rotate by 0, 90, 180 or 270 degrees. Only for images without an up side, such as histology."""
     shift_px: Count = 0
     """Move by up to so many px along each axis, the border reflected."""
-    stain: NotNegative = 0.0
+    stain: Fraction = 0.0
     """Standard deviation of the change of each stain's strength (haematoxylin, eosin); 0.1 is moderate. H&E only."""
-    brightness: NotNegative = 0.0
+    brightness: Fraction = 0.0
     """Standard deviation of the factor on all channels; 0.1 is moderate."""
 
 

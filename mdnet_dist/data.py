@@ -134,7 +134,7 @@ def _members(path: Path) -> Iterator[dict]:
             content = tar.extractfile(member)
             assert content is not None  # it is a plain file
             yield {"fname": member.name, "data": content.read(), "__url__": str(path)}
-        file.seek(tar.offset)  # type: ignore[attr-defined]
+        file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError("cut off, or a damaged header")
 

@@ -109,5 +109,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leave the group of ranks, where there is one: a process that ends inside it makes torch complain."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _object_device() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None

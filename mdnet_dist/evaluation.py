@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdnet_dist.data import Batch
-from mdnet_dist.decoding import decode
 from mdnet_dist.distributed import gather, is_first, on_first, raise_together
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
+from mdnet_dist.metrics.calibration import Reliability, fit_temperature, reliability
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
 from mdnet_dist.metrics.reports import ScoredImage, said_class, score_reports
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
+from mdnet_dist.predict import Answer, Answers, answers_of, predicted_class, split_answers
 from mdnet_dist.shards import CONCLUSION, Report
 
 
@@ -35,13 +36,14 @@ class Prediction:
     patient: str
     label: str | None
     predicted_label: str | None
-    probabilities: dict[str, float]  # of M, by class
+    probabilities: dict[str, float]  # of M, by class, at the card's temperature
     report: Report
     references: list[Report]
     dca_correct: bool | None  # whether the generated conclusion names the label's class; None without either
     loss_m: float | None  # negative log-likelihood of the label
     loss_l: float  # of all tokens of the references, summed
     tokens: int  # that loss_l is the sum of
+    logits: list[float]  # of M, in the order of the classes, before any temperature
     grades: dict[str, str] = field(default_factory=dict)  # true grades, where the set knows them
 
     def scored(self) -> ScoredImage:
@@ -57,7 +59,7 @@ class Prediction:
     def as_line(self) -> dict[str, Any]:
         """The JSON object of predictions.jsonl."""
         fields = asdict(self)
-        for name in ("loss_m", "loss_l", "tokens", "grades"):
+        for name in ("loss_m", "loss_l", "tokens", "logits", "grades"):
             del fields[name]
         return fields
 
@@ -69,9 +71,7 @@ class Explained:
     prediction: Prediction
     image: np.ndarray  # (S, S, 3) uint8
     mask: bytes | None  # PNG
-    words: dict[str, list[str]]  # by topic
-    attention: dict[str, np.ndarray]  # by topic: (tokens, h, w)
-    class_map: np.ndarray  # (h, w) of the predicted class
+    answer: Answer  # words, attention, class maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,8 @@ def score(predictions: list[Prediction], card: ModelCard, nltk_data: Path | None
         [prediction.scored() for prediction in predictions], card.topics, card.conclusions, card.classes, nltk_data
     )
     labelled = [prediction.loss_m for prediction in predictions if prediction.loss_m is not None]
+    if found := reliability_of(predictions):
+        metrics["ece"] = found.error
     if labelled:
         metrics["loss_m"] = math.fsum(labelled) / len(labelled)
     tokens = sum(prediction.tokens for prediction in predictions)
@@ -146,75 +148,90 @@ def _predict(
     network: MDNet, card: ModelCard, batch: Batch, device: torch.device, beam_width: int, pictures: int
 ) -> tuple[list[Prediction], list[Explained]]:
     batch = batch.to(device)
-    with torch.no_grad():
-        seen = network.see(card.normalise(batch.images).contiguous(memory_format=torch.channels_last))
-        logits = seen.logits.float()
-        probabilities = logits.softmax(1).cpu()
-        losses_m = F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL, reduction="none").cpu()
-        reports, losses_l, attention = _describe(network, card, batch, seen.features, seen.sharpening_map, beam_width)
+    answers = answers_of(network, card, batch.images, beam_width)
+    losses_m = F.cross_entropy(answers.logits, batch.labels.cpu(), ignore_index=NO_LABEL, reduction="none")
+    losses_l = _losses_l(network, answers, batch)
     class_of = classes_of_conclusions(card.conclusions)
     predictions = []
     for i, (key, record) in enumerate(zip(batch.keys, batch.records)):
-        predicted = card.classes[int(probabilities[i].argmax())] if card.classes else None
         labelled = record.label is not None
         prediction = Prediction(
             key=key,
             patient=record.patient,
             label=record.label,
-            predicted_label=predicted,
-            probabilities={name: round(float(p), 6) for name, p in zip(card.classes, probabilities[i])},
-            report={topic: " ".join(words) for topic, words in reports[i].items()},
+            predicted_label=predicted_class(card, answers.logits[i]),
+            probabilities=_by_class(card, answers.probabilities[i].tolist()),
+            report={topic: " ".join(words) for topic, words in answers.words[i].items()},
             references=record.reports,
             dca_correct=None,
             loss_m=float(losses_m[i]) if labelled else None,
             loss_l=float(losses_l[i]),
             tokens=int(batch.lengths[i].sum()),
+            logits=answers.logits[i].tolist() if card.classes else [],
             grades=record.grades,
         )
         if labelled and CONCLUSION in card.topics:
-            correct = said_class(prediction.scored(), class_of) == record.label
-            prediction = Prediction(**{**vars(prediction), "dca_correct": correct})
+            prediction = replace(prediction, dca_correct=said_class(prediction.scored(), class_of) == record.label)
         predictions.append(prediction)
-    explained = []
-    h, w = seen.features.shape[2:]
-    maps = network.class_maps.maps(seen.features[:pictures]) if pictures else None
-    for i in range(min(pictures, len(predictions))):
-        chosen = int(probabilities[i].argmax())
-        explained.append(
-            Explained(
-                prediction=predictions[i],
-                image=batch.images[i].permute(1, 2, 0).cpu().numpy(),
-                mask=batch.masks[i],
-                words=reports[i],
-                attention={
-                    topic: attention[i, k, : len(words)].view(-1, h, w).float().cpu().numpy()
-                    for k, (topic, words) in enumerate(reports[i].items())
-                },
-                class_map=maps[i, chosen].view(h, w).float().cpu().numpy() if maps is not None else np.zeros((h, w)),
-            )
+    kept = split_answers(network, card, answers, range(min(pictures, len(predictions))))
+    explained = [
+        Explained(
+            prediction=predictions[i],
+            image=batch.images[i].permute(1, 2, 0).cpu().numpy(),
+            mask=batch.masks[i],
+            answer=answer,
         )
+        for i, answer in enumerate(kept)
+    ]
     return predictions, explained
 
 
-def _describe(
-    network: MDNet,
-    card: ModelCard,
-    batch: Batch,
-    features: Tensor,
-    sharpening_map: Tensor | None,
-    beam_width: int,
-) -> tuple[list[dict[str, list[str]]], Tensor, Tensor]:
-    """Words said by topic, the loss of the references summed by image (B), attention (B, K, T, P)."""
+@torch.no_grad()
+def _losses_l(network: MDNet, answers: Answers, batch: Batch) -> Tensor:
+    """The loss of the references summed by image: (B)."""
     model = network.language_model
     if model is None:
-        empty = torch.zeros(len(batch.keys))
-        return [{} for _ in batch.keys], empty, empty
-    told = model(features, sharpening_map, batch.tokens, batch.lengths)
-    losses = model.word_losses(told).sum(1).double().cpu()
-    said = decode(model, model.look(features, sharpening_map), int(card.data["max_tokens"]), beam_width)
-    vocabulary = card.vocabulary
-    reports = [
-        {topic: vocabulary.decode(sentence) for topic, sentence in zip(card.topics, sentences)}
-        for sentences in said.tokens.tolist()
-    ]
-    return reports, losses, said.attention
+        return torch.zeros(len(batch.keys))
+    told = model(answers.features, answers.sharpening_map, batch.tokens, batch.lengths)
+    return model.word_losses(told).sum(1).double().cpu()
+
+
+def _by_class(card: ModelCard, probabilities: list[float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in zip(card.classes, probabilities)}
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+
+def reliability_of(predictions: list[Prediction]) -> Reliability | None:
+    """How far the probabilities of the predicted classes can be believed; None where no image has a label."""
+    labelled = [prediction for prediction in predictions if prediction.label is not None and prediction.probabilities]
+    if not labelled:
+        return None
+    return reliability(
+        [max(prediction.probabilities.values()) for prediction in labelled],
+        [prediction.predicted_label == prediction.label for prediction in labelled],
+    )
+
+
+def temperature_of(predictions: list[Prediction], classes: list[str]) -> float:
+    """The temperature that fits the labels of held-out predictions best; 1.0 where none has one."""
+    labelled = [prediction for prediction in predictions if prediction.label is not None and prediction.logits]
+    return fit_temperature(
+        [prediction.logits for prediction in labelled],
+        [classes.index(str(prediction.label)) for prediction in labelled],
+    )
+
+
+def recalibrated(evaluation: Evaluation, card: ModelCard) -> Evaluation:
+    """The same evaluation with probabilities at the card's temperature. Collective."""
+
+    def again(prediction: Prediction) -> Prediction:
+        probabilities = (torch.tensor(prediction.logits) / card.temperature).softmax(0).tolist()
+        return replace(prediction, probabilities=_by_class(card, probabilities))
+
+    predictions = [again(prediction) for prediction in evaluation.predictions]
+    found = on_first(lambda: reliability_of(predictions))
+    explained = [replace(shown, prediction=again(shown.prediction)) for shown in evaluation.explained]
+    metrics = evaluation.metrics | ({"ece": found.error} if found else {})
+    return Evaluation(metrics=metrics, predictions=predictions, explained=explained)

@@ -44,6 +44,7 @@ class ModelCard:
     conclusions: dict[str, dict[str, int]]  # {class: {conclusion sentence: times in training}}
     image_mean: Channels  # of the training part, per channel, pixels scaled to 0..1
     image_std: Channels
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # logits of M are divided by it before they become probabilities
     intended_use: str = "research only, not diagnosis"
     format: int = FORMAT_VERSION
 

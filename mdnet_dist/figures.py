@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mdnet_dist.errors import InputError
+from mdnet_dist.metrics.calibration import Reliability
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.tracking import read_metrics
 
@@ -265,6 +266,36 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path
     right, total = int(np.trace(counts[:, : len(classes)])), int(counts.sum())
     axes.set_title(f"{right} of {total} right ({100 * right / max(total, 1):.1f} %)", size=11)
     figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
+    _write(figure, path)
+
+
+def draw_reliability(found: Reliability, path: Path) -> None:
+    """A reliability diagram: how often the network is right when it says how sure it is.
+
+    Args:
+        found: accuracy and mean confidence by bin, numbers of images on the bars.
+        path: of the picture.
+    """
+    figure = _new_figure(5.2, 4.6, layout="tight")
+    axes = figure.add_subplot()
+    widths = [upper - lower for lower, upper in zip(found.lower, found.upper)]
+    axes.bar(found.lower, found.accuracy, widths, align="edge", color=COLOURS[5], edgecolor="white", label="accuracy")
+    axes.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1, label="perfect calibration")
+    axes.plot(
+        found.confidence,
+        found.accuracy,
+        color=COLOURS[1],
+        marker="o",
+        markersize=4,
+        linestyle="",
+        label="mean of a bin",
+    )
+    for lower, width, images in zip(found.lower, widths, found.images):
+        axes.text(lower + width / 2, 0.01, str(images), ha="center", va="bottom", size=7)
+    axes.set(xlim=(0, 1), ylim=(0, 1.04), xlabel="probability of the predicted class", ylabel="share that is right")
+    axes.set_title(f"{sum(found.images)} images, expected calibration error {found.error:.3f}", size=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.45, -0.13))
     _write(figure, path)
 
 

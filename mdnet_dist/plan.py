@@ -77,8 +77,8 @@ def reading_horizon(global_batch: int, window: int, readers: int) -> int:
     """How many places ahead of its turn, in its own order of samples, a reader may meet a sample and should keep it.
 
     A lane's sample comes at most `window` / lanes places early or late, so that all readers together meet samples of
-    their lanes 2 * `window` places ahead at most; the batches that they are in the midst of come on top. What comes even
-    later lies in another lane's piece of the same shard, or where the epoch's sequence was cut.
+    their lanes 2 * `window` places ahead at most; the batches that they are in the midst of come on top. What comes
+    even later lies in another lane's piece of the same shard, or where the epoch's sequence was cut.
 
     Args:
         readers: ranks x loader workers, among which the order is dealt.

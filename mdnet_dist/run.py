@@ -16,8 +16,8 @@ from mdnet_dist.console import say, table
 from mdnet_dist.data import fit_mask_to_square
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
-from mdnet_dist.evaluation import Evaluation, Explained, Prediction, score
-from mdnet_dist.figures import draw_confusion_matrix, draw_report, draw_training_curves
+from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of, score
+from mdnet_dist.figures import draw_confusion_matrix, draw_reliability, draw_report, draw_training_curves
 from mdnet_dist.images import decode_mask
 from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_reports, score_reports
@@ -28,7 +28,7 @@ from mdnet_dist.trainer import Result, Trainer
 
 TABLE_ROWS = (
     "images", "dca", "label_accuracy", "macro_f1", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider",
-    "loss_m", "loss_l",
+    "loss_m", "loss_l", "ece",
 )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _log_results(trainer: Trainer, result: Result, tracker: Tracker | None) -> N
     if tracker:
         for path in (folder / METRICS, folder / PREDICTIONS, folder / "model.json", folder / "model.safetensors"):
             tracker.log_artifact(path)
-        tracker.log_artifact(pictures, PICTURES)
+        tracker.log_artifact(pictures)  # with its name
         if not card.classes:
             tracker.log_tags({"classes": "none"})
 
@@ -144,13 +144,15 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
         for name, counts in confusion_matrices(images, data.card.conclusions, data.card.classes).items():
             if counts[:, :-1].any():
                 draw_confusion_matrix(counts, data.card.classes, folder / f"confusion_{name}.png")
+    if found := reliability_of(evaluation.predictions):
+        draw_reliability(found, folder / "reliability.png")
     for shown in evaluation.explained:
         draw_report(
             shown.image,
-            shown.words,
-            shown.attention,
+            shown.answer.words,
+            shown.answer.attention,
             shown.prediction.probabilities,
-            shown.class_map,
+            shown.answer.class_maps[str(shown.prediction.predicted_label)],
             shown.prediction.label,
             shown.prediction.references,
             _fitted_mask(shown, data),
@@ -198,5 +200,7 @@ def yardstick_oracle(predictions: list[Prediction], data: RunData, nltk_data: Pa
         return None
     card = data.card
     wordings = count_wordings((record.grades, record.reports) for record in data.training_records())
+    if not wordings:  # a set to evaluate on, without a part to train on
+        return None
     told = oracle_reports([prediction.scored() for prediction in predictions], grades, wordings)
     return score_reports(told, card.topics, card.conclusions, card.classes, nltk_data)

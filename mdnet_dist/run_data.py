@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mdnet_dist.config import RunConfig
+from mdnet_dist.config import DataConfig, RunConfig
 from mdnet_dist.data import Encoder, EvaluationStream, Loader, TrainingStream, check_shards, parts_of, read_shard
 from mdnet_dist.distributed import raise_together, rank, world_size
-from mdnet_dist.errors import InputError
+from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
 from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest
@@ -98,6 +98,48 @@ def open_data(config: RunConfig) -> RunData:
         steps_per_epoch=steps,
         cut_sentences=any(part.longest_sentence + 1 > config.data.max_tokens for part in statistics),
     )
+
+
+def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, list[str]]:
+    """The data of a saved network, and the names of the shard set's parts that `part` means.
+
+    Args:
+        config: `data.shards` and `data.fold` say what is read.
+        card: says how: image size, words, classes, whatever the shard set's own are.
+        part: train, val or test, which for a set dealt into folds follow from `data.fold`; or a part of the set.
+
+    Raises:
+        InputError: no such set or part, shards that differ from their manifest, or a label that the network lacks.
+    """
+    folder = Path(config.data.shards)
+    manifest = load_manifest(folder)
+    in_folds = manifest.folds and config.data.fold is not None
+    if in_folds or "train" in manifest.parts:
+        train, validation, test = parts_of(manifest, config.data.fold if in_folds else None)
+    else:  # a set to evaluate on needs nothing to train on
+        train = []
+        validation, test = ([part for part in manifest.parts if part == name] for name in ("val", "test"))
+    parts = {"train": train, "val": validation, "test": test}.get(part) or [part]
+    shards = manifest.shards_of(parts)
+    labels = {label for name in parts for label, images in manifest.parts[name].labels.items() if images}
+    if unknown := sorted(labels - set(card.classes)):
+        raise InputError(
+            f"{folder}: label '{unknown[0]}' is not a class of the network; {nearest(unknown[0], card.classes)}"
+        )
+    _check_shards_together(folder, shards)
+    data = DataConfig.model_validate({**card.data, "shards": str(folder)})
+    statistics = [manifest.parts[name] for name in train]
+    return RunData(
+        manifest=manifest,
+        train=train,
+        validation=validation,
+        test=test,
+        card=card,
+        encoder=Encoder(data, card.topics, card.classes, card.vocabulary),
+        samples=sum(part.samples for part in statistics),
+        steps_per_epoch=0,
+        cut_sentences=any(part.longest_sentence + 1 > data.max_tokens for part in statistics),
+    ), parts
 
 
 def _check_shards_together(folder: Path, shards: list[ShardInfo]) -> None:

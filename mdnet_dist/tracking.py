@@ -642,6 +642,25 @@ def open_tracker(
     return tracker
 
 
+def reopen_tracker(run_folder: Path) -> Tracker | None:
+    """Append to the MLflow run of a folder whose training has ended, on the store that it was logged to.
+
+    Returns:
+        None where the folder was never logged.
+    """
+    run = _read_run(run_folder)
+    if not run:
+        return None
+    config = TrackingConfig(uri=_uri_of(run))
+    return open_tracker(config, run_folder, run_folder.name, {}, {}, resume=True)
+
+
+def _uri_of(run: Mapping[str, str]) -> str:
+    """The store that `mlflow_run.json` names; with a password, where the environment has it: the folder does not."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri if without_password(uri) == run["uri"] else run["uri"]
+
+
 def _read_run(run_folder: Path) -> dict[str, str]:
     """`mlflow_run.json`; empty where there is none."""
     try:
@@ -686,8 +705,7 @@ def send_again(run_folder: Path) -> None:
     run = _read_run(run_folder)
     if not run:
         raise InputError(f"{run_folder / RUN_NAME}: no such file; name the folder of a run that was logged to MLflow")
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = uri if without_password(uri) == run["uri"] else run["uri"]  # the folder holds no password
+    uri = _uri_of(run)
     unsent = _UnsentFile(run_folder / UNSENT_NAME)
     _connect(uri)
     try:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from mdnet_dist.distributed import (
 )
 from mdnet_dist.engine import Engine, start_processes
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
-from mdnet_dist.evaluation import Evaluation, evaluate, main_score
+from mdnet_dist.evaluation import Evaluation, evaluate, main_score, recalibrated, temperature_of
 from mdnet_dist.export import export_model, load_card
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.plan import accumulation_steps
@@ -352,6 +352,8 @@ class Trainer:
         for prefix, parts in (("val", self.data.validation), ("test", self.data.test)):
             if parts:
                 evaluations[prefix] = self.evaluate(parts, self.config.evaluate.pictures)
+                if prefix == "val":
+                    evaluations[prefix] = self._calibrate(evaluations[prefix])
                 metrics |= {f"{prefix}/{name}": value for name, value in evaluations[prefix].metrics.items()}
         weights = self.engine.weights()
         scored = evaluations.get("test") or evaluations.get("val")
@@ -368,6 +370,13 @@ class Trainer:
             data=self.data,
             nltk_data=self.nltk_data,
         )
+
+    def _calibrate(self, validation: Evaluation) -> Evaluation:
+        """Fit the temperature of the class probabilities, from here on used wherever there are any."""
+        card = self.data.card
+        temperature = on_first(lambda: temperature_of(validation.predictions, card.classes))
+        self.data = replace(self.data, card=replace(card, temperature=temperature))
+        return recalibrated(validation, self.data.card)
 
     def prepare_folder(self) -> None:
         """Write the resolved configuration into the run's folder, and check it is the same network on a resume."""

@@ -17,8 +17,8 @@ from mdnet_dist.vocabulary import PAD
 from tests.networks import (
     Inputs,
     one_thread,  # noqa: F401 (a fixture)
-    random_inputs,
     ragged_tokens,
+    random_inputs,
     relative_difference,
     tiny_network,
 )

@@ -302,7 +302,7 @@ def test_finished_sentences_stop_costing() -> None:
     model.lstm.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     lengths = lengths_of(decode(model, view, 30))
     longest = int(lengths.max())
-    assert 2 < len(set(lengths.flatten().tolist())) and longest < 30
+    assert len(set(lengths.flatten().tolist())) > 2 and longest < 30
     assert rows[0] == B * K  # the topics
     assert rows[1:] == [int((lengths > t).sum()) for t in range(longest)]
 

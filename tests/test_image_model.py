@@ -64,10 +64,7 @@ def count_by_hand(channels_in: int, nout: int, units: int, depth: int) -> int:
         inner = out // 4
         total += width * inner + 9 * inner * inner + inner * out + 2 * (width + 2 * inner)
         total += width * out if index == 0 else 0
-        if index < depth:
-            width = 2 * nout if index == 0 else width + nout
-        else:
-            width = out
+        width = (2 * nout if index == 0 else width + nout) if index < depth else out
     return total
 
 
@@ -184,7 +181,7 @@ def test_every_depth_trains_a_step(depth: int | str) -> None:
 
 
 def test_concatenated_outputs_reach_the_classifier_through_weights_of_their_own() -> None:
-    """docs/design.md section 1: the logit is F_2 w_1 + F_1 w_2 + W y w_3, where a residual stage has (F_2 + F_1 + W y) w."""
+    """docs/design.md section 1: F_2 w_1 + F_1 w_2 + W y w_3, where a residual stage has (F_2 + F_1 + W y) w."""
     torch.manual_seed(4)
     stage, width = build_stage(4, 8, 2, 1, "full")
     stage = stage.double()

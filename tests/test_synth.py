@@ -351,6 +351,7 @@ def test_fields_that_cannot_be_judged_are_of_every_kind(monkeypatch):
             rng = np.random.default_rng([9, n])
             field = draw_field({CONCLUSION: INSUFFICIENT}, draw_style(rng), 128, rng)
             assert field.urothelium.any()
+            assert not field.mitoses.any()
             if kind in ("stroma", "lumen"):
                 assert field.urothelium.mean() < 0.25
             if kind == "out of focus":

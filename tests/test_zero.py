@@ -10,11 +10,10 @@ cutting a global batch agree, in any program.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.data import Batch
+from mdnet_dist.distributed import rank, world_size
 from mdnet_dist.export import ModelCard
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import accumulation_steps, micro_batches
@@ -133,9 +133,9 @@ def cut(batch: Batch, piece: slice) -> Batch:
     )
 
 
-def share_of(batches: Iterable[Batch], config: RunConfig, ranks: int, rank: int) -> Iterator[Batch]:
-    """A rank's micro-batches of some global batches."""
-    pieces = micro_batches(config.train.global_batch, config.train.micro_batch, ranks, rank)
+def share_of(batches: Iterable[Batch], config: RunConfig) -> Iterator[Batch]:
+    """This rank's micro-batches of some global batches."""
+    pieces = micro_batches(config.train.global_batch, config.train.micro_batch, world_size(), rank())
     return (cut(batch, piece) for batch in batches for piece in pieces)
 
 
@@ -185,7 +185,12 @@ def plain_pytorch(card: ModelCard, config: RunConfig, batches: Sequence[Batch]) 
             optimizer.step()
         steps.append(
             PlainStep(
-                whole_state(network), loss_m.item(), loss_l.item(), map_m.norm().item(), map_l.norm().item(), norm.item()
+                whole_state(network),
+                loss_m.item(),
+                loss_l.item(),
+                map_m.norm().item(),
+                map_l.norm().item(),
+                norm.item(),
             )
         )
     return steps
@@ -223,15 +228,14 @@ def batches_of(trainer: Trainer, case: Case, first: int = 0, last: int = STEPS) 
     """This rank's micro-batches of the steps from `first` up to `last`."""
     if case.from_shards:
         return iter(trainer.data.training_batches(trainer.config, first, last, pin_memory=False))
-    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return share_of(global_batches()[first:last], trainer.config, ranks, rank)
+    return share_of(global_batches()[first:last], trainer.config)
 
 
 def train(cases: list[Case], shards: Path, runs: Path) -> list[list[tuple[Weights, StepReport | None]]]:
     """For each case the weights at the start and after each step, with what the step reported."""
     results = []
     for case in cases:
-        trainer = new_trainer(case.config(_ranks(), shards, runs))
+        trainer = new_trainer(case.config(world_size(), shards, runs))
         batches = batches_of(trainer, case)
         steps: list[tuple[Weights, StepReport | None]] = [(as_numpy(trainer.engine.weights()), None)]
         for _ in range(STEPS):
@@ -239,14 +243,8 @@ def train(cases: list[Case], shards: Path, runs: Path) -> list[list[tuple[Weight
             steps.append((as_numpy(trainer.engine.weights()), report))
         assert next(batches, None) is None
         results.append(steps)
-        trainer.close()
+        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
     return results
-
-
-def _ranks() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
 
 
 def assert_equal_to_plain_pytorch(cases: list[Case], ranks: int, shards: Path, runs: Path) -> None:
@@ -261,9 +259,9 @@ def assert_equal_to_plain_pytorch(cases: list[Case], ranks: int, shards: Path, r
         reference = plain_pytorch(data.card, config, batches)
         if case.clip_norm:
             assert all(step.gradient_norm > 1.5 * case.clip_norm for step in reference[1:]), "clips nothing"
-        for rank in range(ranks):
-            for index, ((weights, report), expected) in enumerate(zip(by_rank[rank][number], reference, strict=True)):
-                what = f"{case}, rank {rank}, step {index}"
+        for which in range(ranks):
+            for index, ((weights, report), expected) in enumerate(zip(by_rank[which][number], reference, strict=True)):
+                what = f"{case}, rank {which}, step {index}"
                 assert_same_weights(weights, expected.weights, reference[max(0, index - 1)].weights, what)
                 assert all(np.array_equal(weights[name], by_rank[0][number][index][0][name]) for name in weights), what
                 if report:
@@ -286,3 +284,122 @@ def test_every_stage_and_accumulation_equals_plain_pytorch(ranks: int, shards: P
     cases += [Case(stage, clip_norm=0.2) for stage in range(4)]
     cases += [Case(stage, from_shards=True) for stage in (0, 3)]
     assert_equal_to_plain_pytorch(cases, ranks, shards, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- save and continue
+
+
+def train_and_save(cases: list[Case], shards: Path, runs: Path) -> list[tuple[Weights, Weights, Weights]]:
+    """Two steps, a checkpoint, one more step: weights and optimiser state at the checkpoint, weights at the end."""
+    results = []
+    for case in cases:
+        trainer = new_trainer(case.config(world_size(), shards, runs_of(runs, case, world_size())))
+        batches = batches_of(trainer, case)
+        for _ in range(2):
+            trainer.train_step(batches)
+        trainer.save(None)
+        saved = as_numpy(trainer.engine.weights()), as_numpy(trainer.engine.optimizer_state())
+        trainer.train_step(batches)
+        results.append((*saved, as_numpy(trainer.engine.weights())))
+        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+    return results
+
+
+def continue_from(origins: list[tuple[Case, int]], cases: list[Case], shards: Path, runs: Path) -> list[tuple]:
+    """Each checkpoint continued under each case: what was loaded, and the weights after one more step."""
+    results = []
+    for (origin, ranks), case in product(origins, cases):
+        trainer = new_trainer(case.config(world_size(), shards, runs_of(runs, origin, ranks)), resume=True)
+        assert (trainer.step, trainer.updates) == (2, 2)
+        loaded = as_numpy(trainer.engine.weights()), as_numpy(trainer.engine.optimizer_state())
+        report = trainer.train_step(batches_of(trainer, case, first=2))
+        assert report.moved
+        results.append((*loaded, as_numpy(trainer.engine.weights())))
+        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+    return results
+
+
+def runs_of(runs: Path, case: Case, ranks: int) -> Path:
+    return runs / f"stage{case.stage}-ranks{ranks}"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_continues_under_any_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    stages = [Case(stage) for stage in range(4)]
+    uninterrupted: dict[tuple[Case, int], tuple[Weights, Weights, Weights]] = {}
+    for ranks, origins in ((1, [Case(0)]), (2, [Case(1), Case(2), Case(3)])):
+        by_rank = run_ranks(train_and_save, ranks, origins, shards, tmp_path)
+        uninterrupted |= {(origin, ranks): result for origin, result in zip(origins, by_rank[0], strict=True)}
+    for ranks in (1, 2):
+        for continued in run_ranks(continue_from, ranks, list(uninterrupted), stages, shards, tmp_path):
+            pairs = product(uninterrupted.items(), stages)
+            for ((origin, (weights, state, final)), case), (loaded, loaded_state, continued_final) in zip(
+                pairs, continued, strict=True
+            ):
+                what = f"from {origin} to {case} on {ranks} ranks"
+                assert loaded.keys() == weights.keys() and loaded_state.keys() == state.keys(), what
+                assert all(np.array_equal(loaded[name], weights[name]) for name in weights), what
+                assert all(np.array_equal(loaded_state[key], state[key]) for key in state), what
+                assert any(key.startswith("momentum_buffer/image_model") for key in state)
+                assert any(key.startswith("exp_avg_sq/language_model") for key in state)
+                assert_same_weights(continued_final, as_tensors(final), as_tensors(weights), what)
+
+
+def as_tensors(weights: Weights) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in weights.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- not a number
+
+
+def spoil(trainer: Trainer, what: str) -> Callable[[], None]:
+    """Make this rank's loss, or only its gradient, not a number; returns what ends that."""
+    if what == "loss":
+        whole = trainer._images
+        trainer._images = lambda batch: whole(batch) * math.nan
+        return lambda: setattr(trainer, "_images", whole)
+
+    def spoil_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * math.nan)
+
+    return trainer.network.image_model.stem.register_forward_hook(spoil_gradient).remove
+
+
+def train_with_one_bad_step(stages: list[int], what: str, shards: Path, runs: Path) -> list[list[tuple]]:
+    """Three steps, of which the second is spoilt on the last rank alone: weights and report of each."""
+    results = []
+    for case in map(Case, stages):
+        trainer = new_trainer(case.config(world_size(), shards, runs))
+        batches = batches_of(trainer, case)
+        steps: list[tuple] = [(as_numpy(trainer.engine.weights()), None, trainer.updates, trainer.bad_steps)]
+        for step in range(STEPS):
+            restore = spoil(trainer, what) if step == 1 and rank() == world_size() - 1 else None
+            report = trainer.train_step(batches)
+            if restore:
+                restore()
+            steps.append((as_numpy(trainer.engine.weights()), report, trainer.updates, trainer.bad_steps))
+        results.append(steps)
+        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "ranks"), [("loss", 2), ("gradient", 2), ("gradient", 1)])
+def test_where_one_rank_is_not_finite_no_rank_moves_and_training_goes_on(
+    what: str, ranks: int, shards: Path, tmp_path: Path
+) -> None:
+    stages = [0, 1, 2, 3]
+    by_rank = run_ranks(train_with_one_bad_step, ranks, stages, what, shards, tmp_path)
+    first, _, third = global_batches()
+    config = Case(0).config(ranks, shards, tmp_path)
+    reference = plain_pytorch(open_data(config).card, config, [first, third])
+    for which, (number, stage) in product(range(ranks), enumerate(stages)):
+        place = f"{what} at stage {stage}, rank {which}"
+        (_, *_), (after_first, good, *_), (after_bad, bad, updates, bad_steps), (at_end, last, *end) = by_rank[which][
+            number
+        ]
+        assert good.moved and (updates, bad_steps) == (1, 1), place
+        assert not bad.moved and bad.finite == (what == "gradient"), place
+        assert all(np.array_equal(after_bad[name], after_first[name]) for name in after_first), place
+        assert last.moved and last.finite and end == [2, 0], place
+        assert_same_weights(at_end, reference[2].weights, reference[1].weights, place)
