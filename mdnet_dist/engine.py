@@ -121,6 +121,7 @@ class Engine:
         self._gathered = deepspeed.zero.GatheredParameters
         self._fragments = deepspeed.utils
         self.network: MDNet = self._engine.module
+        self._allocate_optimizer_state()
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -198,7 +199,6 @@ class Engine:
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimiser's tensors on the CPU, `KEY/NAME` for weight NAME, on every rank. Collective."""
         state = {}
-        self._allocate_optimizer_state()
         for name, weight, keys in self._weights_with_state():
             for key in keys:
                 if self._zero_stage == 0:
@@ -222,7 +222,7 @@ class Engine:
                 if self._zero_stage < 3:
                     weight.copy_(value)
                 if self._zero_stage > 0:
-                    self._fragments.safe_set_full_fp32_param(weight, value)
+                    self._set_sharded(weight, value)
                 if self._zero_stage == 3:
                     with self._gathered([weight], modifier_rank=0):
                         weight.copy_(value)
@@ -233,14 +233,13 @@ class Engine:
         Raises:
             KeyError: a tensor is missing, as when the optimiser's kind has changed.
         """
-        self._allocate_optimizer_state()
         for name, weight, keys in self._weights_with_state():
             for key in keys:
                 value = state[f"{key}/{name}"].to(self.device)
                 if self._zero_stage == 0:
                     self.optimizer.state[weight][key].copy_(value)
                 else:
-                    self._fragments.safe_set_full_optimizer_state(weight, value, key)
+                    self._set_sharded(weight, value, key)
         self.optimizer.set_updates(updates)
 
     def close(self) -> None:
@@ -268,8 +267,28 @@ class Engine:
     def _shape(self, weight: nn.Parameter) -> torch.Size:
         return weight.ds_shape if self._zero_stage == 3 else weight.shape  # type: ignore[attr-defined]
 
+    def _set_sharded(self, weight: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set this rank's share of a weight's fp32 copy, or of the optimiser's tensor `key`, under ZeRO 1 to 3."""
+        if value.shape != self._shape(weight):
+            raise RuntimeError(f"a weight of shape {tuple(self._shape(weight))} cannot hold {tuple(value.shape)}")
+        if self._zero_stage < 3:
+            if key is None:
+                self._fragments.safe_set_full_fp32_param(weight, value)
+            else:
+                self._fragments.safe_set_full_optimizer_state(weight, value, key)
+            return
+        # DeepSpeed's own setter fails where a weight does not divide by the number of ranks.
+        zero = self._engine.optimizer
+        share, _ = zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)
+        start = share.numel() * zero._get_param_partition_rank(weight)
+        mine = value.flatten()[start : start + share.numel()]
+        share[: mine.numel()].copy_(mine)
+
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimiser's tensors exist before its first step, where ZeRO keeps them."""
+        """Make the optimiser's tensors exist before its first step, where ZeRO keeps them.
+
+        ZeRO 1 and 2 look for them once, after they have stepped the first group, and would miss the other groups'.
+        """
         zero = self._engine.optimizer
         if self._zero_stage == 3:
             flat_weights = [
@@ -283,4 +302,7 @@ class Engine:
         for weight, rule in flat_weights:
             self.optimizer.state_of(weight, rule)
         if self._zero_stage in (1, 2):
+            # DeepSpeed links weights to these tensors once, in the middle of its first step: after the first group has
+            # been moved and before the others have any.
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()

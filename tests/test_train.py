@@ -172,6 +172,22 @@ def test_a_run_that_was_told_to_stop_continues_to_the_same_weights(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")])
+def test_every_zero_stage_trains_saves_loads_and_scores(
+    tmp_path: Path, shards: Path, stage: int, precision: str
+) -> None:
+    """Sizes that do not divide by two ranks are in it, and the best weights are loaded at the end."""
+    config = write_yaml(tmp_path, shards, train__zero_stage=stage, train__precision=precision)
+    finished = run(*deepspeed(2), "launch/train.py", config)
+    assert finished.returncode == 0, finished.stderr + finished.stdout
+    metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
+    points = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    validated = [point["metrics"]["val/loss_l"] for point in points if "val/loss_l" in point["metrics"]]
+    assert metrics["val/loss_l"] == pytest.approx(validated[-1], rel=2e-2 if precision == "bf16" else 1e-5)
+    load_model(tmp_path / "runs" / "tiny")
+
+
+@pytest.mark.slow
 def test_a_new_run_of_the_same_name_gets_a_number(tmp_path: Path, shards: Path) -> None:
     config = write_yaml(tmp_path, shards)
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
