@@ -13,7 +13,7 @@ import torch
 from mdnet_dist.config import load_config
 from mdnet_dist.data import EvaluationStream
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluate_run import Request
+from mdnet_dist.evaluate_run import Request, best_and_worst
 from mdnet_dist.evaluation import Evaluation, evaluate, recalibrated, reliability_of, score, temperature_of
 from mdnet_dist.export import CARD, WEIGHTS, export_model, load_card
 from mdnet_dist.run_data import open_part
@@ -65,6 +65,17 @@ def test_the_exported_model_is_the_best_checkpoint(saved: Path) -> None:
     assert evaluated(saved, checkpoint=str(saved / "checkpoints" / "step-00000006")) == exported
     other = evaluated(saved, checkpoint="step-00000003")
     assert other.metrics["loss_m"] != exported.metrics["loss_m"]
+
+
+def test_the_best_and_the_worst(saved: Path) -> None:
+    predictions = evaluated(saved).predictions
+    chosen = best_and_worst(predictions, 5)
+    ranked = sorted((one.loss_m, one.key) for one in predictions if one.loss_m is not None)
+    assert chosen == [key for _, key in [*ranked[:3], *ranked[-2:]]]
+    assert best_and_worst(predictions, 0) == best_and_worst([], 4) == []
+    assert len(best_and_worst(predictions, 99)) == len(ranked)
+    unlabelled = [replace(one, label=None, loss_m=None) for one in predictions]
+    assert len(best_and_worst(unlabelled, 4)) == 4
 
 
 # --------------------------------------------------------------------------------------------------- what is asked for
@@ -230,7 +241,9 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
     path = tmp_path / "tiny.yaml"
     from mdnet_dist.config import as_yaml
 
-    path.write_text(as_yaml(tiny_config(tmp_path / "shards", tmp_path / "runs", {"train.epochs": 2})))
+    path.write_text(
+        as_yaml(tiny_config(tmp_path / "shards", tmp_path / "runs", {"train.epochs": 2, "evaluate.pictures": 2}))
+    )
     trained = run(sys.executable, "launch/train.py", path)
     assert trained.returncode == 0, trained.stderr
     folder = tmp_path / "runs" / "tiny"
@@ -257,9 +270,12 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
     assert [(point.step, point.value) for point in points] == [(6, metrics["val/loss_m"])]
     assert len(client.get_metric_history(run_id, "final/test/loss_m")) == 2
     kept = {artifact.path.rpartition("/")[2] for artifact in client.list_artifacts(run_id, "evaluations/val-last")}
-    assert kept == {"metrics.json", "predictions.jsonl", "confusion.json", "calibration.json", "pictures"}
+    files = {"metrics.json", "predictions.jsonl", "confusion.json", "calibration.json"}
+    assert kept == files | {"pictures", "explained"}
     shown = [artifact.path for artifact in client.list_artifacts(run_id, "evaluations/val-last/pictures")]
     assert any(name.endswith("confusion_label.png") for name in shown), shown
+    explained = [artifact.path for artifact in client.list_artifacts(run_id, "evaluations/val-last/explained")]
+    assert sorted(name.rpartition(".")[2] for name in explained) == ["html", "html", "html", "png", "png"]
 
 
 @pytest.mark.slow

@@ -220,6 +220,11 @@ def new_trainer(config: RunConfig, *, resume: bool = False) -> Trainer:
     return trainer
 
 
+def finish(trainer: Trainer) -> None:
+    """Make room for the next one; `Trainer.close` would also leave the group of ranks."""
+    trainer.engine._engine.destroy()
+
+
 def as_numpy(tensors: dict[str, Tensor]) -> Weights:
     return {name: value.numpy() for name, value in tensors.items()}
 
@@ -243,7 +248,7 @@ def train(cases: list[Case], shards: Path, runs: Path) -> list[list[tuple[Weight
             steps.append((as_numpy(trainer.engine.weights()), report))
         assert next(batches, None) is None
         results.append(steps)
-        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+        finish(trainer)
     return results
 
 
@@ -301,7 +306,7 @@ def train_and_save(cases: list[Case], shards: Path, runs: Path) -> list[tuple[We
         saved = as_numpy(trainer.engine.weights()), as_numpy(trainer.engine.optimizer_state())
         trainer.train_step(batches)
         results.append((*saved, as_numpy(trainer.engine.weights())))
-        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+        finish(trainer)
     return results
 
 
@@ -315,7 +320,7 @@ def continue_from(origins: list[tuple[Case, int]], cases: list[Case], shards: Pa
         report = trainer.train_step(batches_of(trainer, case, first=2))
         assert report.moved
         results.append((*loaded, as_numpy(trainer.engine.weights())))
-        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+        finish(trainer)
     return results
 
 
@@ -379,7 +384,7 @@ def train_with_one_bad_step(stages: list[int], what: str, shards: Path, runs: Pa
                 restore()
             steps.append((as_numpy(trainer.engine.weights()), report, trainer.updates, trainer.bad_steps))
         results.append(steps)
-        trainer.engine._engine.destroy()  # `Trainer.close` would end this process's part in the job too
+        finish(trainer)
     return results
 
 
