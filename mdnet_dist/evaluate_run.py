@@ -4,7 +4,8 @@ OUT/metrics.json         all scores under PART/NAME, beside those of other parts
 OUT/predictions.jsonl    one line an image
 OUT/confusion.json       counts, true class by predicted class, of classifier and conclusion sentence
 OUT/calibration.json     the reliability diagram in numbers
-OUT/pictures/            confusion matrices, reliability diagram, some reports with their attention
+OUT/pictures/            confusion matrices, reliability diagram
+OUT/explained/           a page on each of the best and the worst few images, and an index (`mdnet_dist.explain`)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from typing import Any
 import torch
 
 from mdnet_dist.console import say
+from mdnet_dist.data import RawSample, read_shard
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.engine import start_processes
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluation import Evaluation, evaluate, reliability_of
+from mdnet_dist.evaluation import Evaluation, Prediction, evaluate, reliability_of
+from mdnet_dist.explain_run import explain, explain_samples
 from mdnet_dist.metrics.reports import confusion_matrices
 from mdnet_dist.run import draw_evaluation
 from mdnet_dist.run_data import RunData, open_part
@@ -33,7 +37,7 @@ from mdnet_dist.shards import write_atomically
 from mdnet_dist.tracking import METRICS_NAME, read_metrics, reopen_tracker
 from mdnet_dist.trainer import Result
 
-CONFUSION, CALIBRATION, EVALUATIONS = "confusion.json", "calibration.json", "evaluations"
+CONFUSION, CALIBRATION, EVALUATIONS, EXPLAINED = "confusion.json", "calibration.json", "evaluations", "explained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,7 @@ def evaluate_run(request: Request) -> Result:
     config = saved_config(request.run, card, request.shards)
     data, parts = open_part(config, card, request.part)
     out = request.out or request.default_out
+    beam_width = request.beam_width or config.evaluate.beam_width
     nltk_data = Path(config.runs_folder) / "nltk_data"
     on_first(lambda: _make(out))
     images = sum(data.manifest.parts[part].samples for part in parts)
@@ -89,15 +94,36 @@ def evaluate_run(request: Request) -> Result:
             card,
             data.evaluation_batches(config, parts, device.type == "cuda"),
             device=device,
-            beam_width=request.beam_width or config.evaluate.beam_width,
+            beam_width=beam_width,
             nltk_data=nltk_data,
-            pictures=config.evaluate.pictures,
         )
     metrics = {f"{request.part}/{name}": value for name, value in evaluation.metrics.items()}
     if is_first():
         written = _write(out, request.part, metrics, evaluation, data)
+        if keys := best_and_worst(evaluation.predictions, config.evaluate.pictures):
+            samples = _samples(Path(config.data.shards), data, parts, keys)
+            shown = explain_samples(network, card, samples, device=device, beam_width=beam_width)
+            explain(card, shown, out / EXPLAINED, f"Best and worst of {request.run.resolve().name}, {request.part}")
+            written.append(out / EXPLAINED)
         _log(request, metrics, step, written)
     return Result(folder=out, metrics=metrics, test=evaluation, data=data, nltk_data=nltk_data)
+
+
+def best_and_worst(predictions: Sequence[Prediction], count: int) -> list[str]:
+    """Keys of the images on which the network did best and worst, half of `count` each.
+
+    By the negative log-likelihood of the label, of the references' words where no image has a label.
+    """
+    labelled = [(prediction.loss_m, prediction.key) for prediction in predictions if prediction.loss_m is not None]
+    losses = [(one.loss_l / one.tokens, one.key) for one in predictions if one.tokens]
+    ranked = [key for _, key in sorted(labelled or losses)]
+    chosen = {*ranked[: count - count // 2], *ranked[len(ranked) - min(len(ranked), count // 2) :]}
+    return [key for key in ranked if key in chosen]
+
+
+def _samples(folder: Path, data: RunData, parts: list[str], keys: Collection[str]) -> Iterator[RawSample]:
+    for shard in data.manifest.shards_of(parts):
+        yield from (sample for sample in read_shard(folder, shard) if sample.key in keys)
 
 
 def _make(out: Path) -> None:

@@ -73,7 +73,7 @@ def draw_report(
     words: Mapping[str, Sequence[str]],
     attention: Mapping[str, np.ndarray],
     class_probabilities: Mapping[str, float],
-    class_map: np.ndarray,
+    class_map: np.ndarray | None,
     label: str | None,
     references: Sequence[Mapping[str, str]],
     mask: np.ndarray | None = None,
@@ -89,10 +89,10 @@ def draw_report(
 
     Args:
         image: (h, w, 3), uint8.
-        words: {topic: the T words said}, of one topic or more.
+        words: {topic: the T words said}; without any topic the lower half is left out.
         attention: {topic: (T or more, grid, grid)}, one map a word, each summing to 1; maps past the words are ignored.
         class_probabilities: {class: probability}.
-        class_map: (grid, grid), of the predicted (most probable) class, in logits.
+        class_map: (grid, grid), of the predicted (most probable) class, in logits; None without classes.
         label: the true class, where known.
         references: reports by people, {topic: sentence}.
         mask: (h, w), not 0 inside; its outline is drawn.
@@ -101,24 +101,28 @@ def draw_report(
     height = 3.75 + 1.72 * len(words)
     figure = _new_figure(11, height)
     above = figure.add_gridspec(1, 1, left=0.02, right=0.97, top=1 - 0.3 / height, bottom=1 - 2.7 / height)[0]
-    below = figure.add_gridspec(1, 1, left=0.02, right=0.99, top=1 - 3.35 / height, bottom=0.55 / height)[0]
     head = above.subgridspec(1, 3, width_ratios=[1.25, 1.25, 1.5], wspace=0.12)
 
     axes = _bare(figure.add_subplot(head[0]), "Image" + (", annotation outlined" if mask is not None else ""))
     axes.imshow(image)
     _outline(axes, mask, image.shape)
 
-    predicted = max(class_probabilities, key=lambda name: class_probabilities[name])
-    axes = _bare(figure.add_subplot(head[1]), f"Class activation: {_name(predicted, 28)}")
-    low, high = float(class_map.min()), float(class_map.max())
-    axes.imshow(_overlay(image, class_map, low, high, "cividis"), extent=(0, image.shape[1], image.shape[0], 0))
-    _outline(axes, mask, image.shape)
-    _colour_bar(figure, axes, low, high, "cividis", "logit")
-    _draw_probabilities(figure.add_subplot(head[2]), class_probabilities, predicted, label)
+    if class_map is not None:
+        predicted = max(class_probabilities, key=lambda name: class_probabilities[name])
+        axes = _bare(figure.add_subplot(head[1]), f"Class activation: {_name(predicted, 28)}")
+        low, high = float(class_map.min()), float(class_map.max())
+        axes.imshow(_overlay(image, class_map, low, high, "cividis"), extent=(0, image.shape[1], image.shape[0], 0))
+        _outline(axes, mask, image.shape)
+        _colour_bar(figure, axes, low, high, "cividis", "logit")
+        _draw_probabilities(figure.add_subplot(head[2]), class_probabilities, predicted, label)
+    if not words:
+        _write(figure, path)
+        return
 
+    below = figure.add_gridspec(1, 1, left=0.02, right=0.99, top=1 - 3.35 / height, bottom=0.55 / height)[0]
     rows = below.subgridspec(len(words), WORD_MAPS + 2, width_ratios=[2.1] + [1] * (WORD_MAPS + 1), wspace=0.06)
-    positions = class_map.size
-    maps = {topic: np.asarray(attention[topic])[: len(said)] * positions for topic, said in words.items() if len(said)}
+    maps = {topic: np.asarray(attention[topic])[: len(said)] for topic, said in words.items() if len(said)}
+    maps = {topic: values * values[0].size for topic, values in maps.items()}
     chosen = {topic: telling_words(words[topic], maps[topic]) for topic in maps}
     # Two scales, because a mean over words is flatter than its parts.
     sentence_high = _high([maps[topic].mean(axis=0) for topic in maps])

@@ -152,7 +152,7 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
             shown.answer.words,
             shown.answer.attention,
             shown.prediction.probabilities,
-            shown.answer.class_maps[str(shown.prediction.predicted_label)],
+            shown.answer.class_maps.get(str(shown.prediction.predicted_label)),
             shown.prediction.label,
             shown.prediction.references,
             _fitted_mask(shown, data),

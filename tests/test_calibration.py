@@ -74,8 +74,8 @@ def test_no_temperature_is_more_likely(seed: int, classes: int, images: int) -> 
     """Against a grid, with the smoothed targets written out; and a shift of an image's logits changes nothing."""
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, 4, (images, classes)), rng.integers(0, classes, images)
-    targets = np.full((images, classes), 1 / (images + classes))
-    targets[np.arange(images), labels] = (images + 1) / (images + classes)
+    targets = np.full((images, classes), 1 / classes / (images + 1))
+    targets[np.arange(images), labels] = (images + 1 / classes) / (images + 1)
 
     def loss(temperature: float) -> float:
         return float(-(targets * np.log(np.maximum(softmax(logits / temperature), 1e-300))).sum())

@@ -292,13 +292,13 @@ def test_reports_are_drawn_without_repetition_and_alike_often(tmp_path: Path) ->
     reports = [{"crowding": word} for word in WORDS[:3]]
     shards = one_set(tmp_path / "set", [SampleRecord(patient="p", label=None, reports=reports)] * 6)
     drawn: Counter[tuple[int, ...]] = Counter()
-    for batch in training_stream(shards, steps=200, micro_batch=6):
+    for batch in training_stream(shards, steps=100, micro_batch=6):
         assert batch.tokens.shape[1] == 2
         for said in batch.tokens[:, :, TOPICS.index("crowding"), 0].tolist():
             assert len(set(said)) == 2
             drawn[tuple(said)] += 1
     assert len(drawn) == 6, "some order of some pair never comes"
-    assert min(drawn.values()) > 140  # of 1200 / 6 = 200, deviation 13
+    assert min(drawn.values()) > 55  # of 600 / 6 = 100, deviation 9
 
 
 def test_the_augmentation_of_a_sample_changes_from_epoch_to_epoch(expected: list[list[Any]]) -> None:
@@ -555,7 +555,7 @@ def test_a_shard_cut_off_anywhere_is_an_error(damaged: Set) -> None:
 
 @pytest.mark.parametrize("repair_header", [False, True])
 def test_flipped_bytes_never_lose_a_sample_silently(repair_header: bool, damaged: Set) -> None:
-    """300 random changes of a byte. With `repair_header` they are in headers, whose checksums are then made right."""
+    """200 random changes of a byte. With `repair_header` they are in headers, whose checksums are then made right."""
     shard = damaged.manifest.shards[0]
     path = damaged.folder / shard.file
     content = path.read_bytes()
@@ -563,7 +563,7 @@ def test_flipped_bytes_never_lose_a_sample_silently(repair_header: bool, damaged
         headers = [member.offset for member in tar]
     rng = random.Random(1)
     errors = 0
-    for _ in range(300):
+    for _ in range(200):
         changed = bytearray(content)
         if repair_header:
             header = rng.choice(headers)

@@ -17,6 +17,7 @@ from data_shards.prepare import open_image
 from mdnet_dist.errors import InputError
 from mdnet_dist.explain import Entry, Explanation, index, page
 from mdnet_dist.explain_run import explain, explain_sources
+from mdnet_dist.figures import draw_report
 from mdnet_dist.predict import Answer
 from mdnet_dist.saved import open_model
 from tests.browser import Browser
@@ -127,6 +128,20 @@ def test_the_index_begins_with_the_largest_error() -> None:
     html = index(entries, "t", "use")
     assert re.findall(r'data-name="(\w+)"', html) == ["two", "one", "three"]
     assert "3 images, 1 predicted wrong" in html
+
+
+@pytest.mark.parametrize("lacks", ["topics", "classes", "both"])
+def test_a_picture_without_topics_or_classes(tmp_path: Path, lacks: str) -> None:
+    """A set may have no labels, and another no reports: the picture then has no such panels."""
+    answer = explanation().answer
+    words = {} if lacks != "classes" else answer.words
+    class_map = answer.class_maps["normal"] if lacks == "topics" else None
+    probabilities = answer.probabilities if lacks == "topics" else {}
+    image = explanation().image
+    path = tmp_path / "report.png"
+    draw_report(image, words, answer.attention, probabilities, class_map, None, [], path=path)
+    with Image.open(path) as picture:
+        assert picture.height == pytest.approx(120 * (3.75 + 1.72 * len(words)), abs=2)
 
 
 # -------------------------------------------------------------------------------------------------------- what is read

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from torch import Tensor
 
 from mdnet_dist.config import LanguageModelConfig
 from mdnet_dist.model.language_model import LanguageModel, _AttentionScores
-from mdnet_dist.vocabulary import END, PAD, START
+from mdnet_dist.vocabulary import PAD, START
 from tests.networks import one_thread, ragged_tokens, relative_difference  # noqa: F401 (one_thread is a fixture)
 
 B, R, K, T, H, W, C, V = 4, 3, 2, 5, 2, 3, 7, 12
@@ -170,27 +168,6 @@ def test_without_any_report_the_loss_is_zero_and_every_weight_gets_a_zero_gradie
     assert not told.attention(tokens).any()
     for name, weight in [*model.named_parameters(), ("features", features)]:
         assert weight.grad is not None and not weight.grad.any(), name
-
-
-def test_gradients_are_ready_in_the_same_order_whatever_a_rank_has_to_say() -> None:
-    """ZeRO 2 adds gradients up over ranks in the order in which each rank has them ready."""
-    model, order = model_of(), []
-    for name, weight in model.named_parameters():
-        weight.register_post_accumulate_grad_hook(lambda weight, name=name: order.append(name))
-
-    def order_of(images: int, tokens: Tensor, lengths: Tensor) -> tuple[str, ...]:
-        features, sharpening_map = random_map()
-        order.clear()
-        model.word_losses(model(features[:images], sharpening_map[:images], tokens, lengths)).sum().backward()
-        return tuple(order)
-
-    orders = {order_of(B, *texts()), order_of(2, torch.full((2, R, K, T), PAD), torch.zeros(2, R, K, dtype=torch.long))}
-    for images, reports, longest, seed in product([1, 2, B], [1, R], [1, 2, T], range(3)):
-        tokens, lengths = ragged_tokens(seed, images, reports, K, longest, V)
-        orders.add(order_of(images, tokens, lengths))
-        # all sentences equally long
-        orders.add(order_of(images, tokens.clamp(min=END), torch.full_like(lengths, longest)))
-    assert len(orders) == 1 and len(orders.pop()) == len(list(model.parameters()))
 
 
 def test_dropout_is_for_training_only() -> None:

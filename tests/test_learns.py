@@ -103,4 +103,4 @@ def test_the_first_losses_are_what_they_were(sharpening: str, expected: list[tup
         optimizer.step()
         measured.append((round(loss_m.item(), 4), round(loss_l.item(), 4)))
     for ours, golden in zip(measured, expected, strict=True):
-        assert ours == pytest.approx(golden, rel=1e-3), measured
+        assert ours == pytest.approx(golden, rel=2e-4), measured

@@ -59,7 +59,7 @@ def check_ranks(global_batch: int, micro_batch: int, ranks: int) -> None:
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SHARDS, st.data(), st.integers(1, 300), st.integers(0, 2**31 - 1), st.integers(0, 10**6))
 def test_an_epoch_has_each_sample_once_but_for_the_remainder(
     counts: list[int], data: st.DataObject, window: int, seed: int, epoch: int
@@ -67,7 +67,7 @@ def test_an_epoch_has_each_sample_once_but_for_the_remainder(
     check_epoch(counts, data.draw(st.integers(1, sum(counts))), window, seed, epoch)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(1, 600), st.integers(1, 600), st.data())
 def test_ranks_share_a_batch(global_batch: int, micro_batch: int, data: st.DataObject) -> None:
     check_ranks(global_batch, micro_batch, data.draw(st.integers(1, global_batch)))

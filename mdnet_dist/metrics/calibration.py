@@ -62,8 +62,9 @@ def reliability(confidences: Sequence[float], correct: Sequence[bool], bins: int
 def fit_temperature(logits: ArrayLike, labels: Sequence[int]) -> float:
     """The temperature T that makes softmax(logits / T) most likely on held-out images.
 
-    The likelihood is convex in 1/T, so that its derivative has one zero. The targets are Platt's (n + 1) / (n + N) and
-    1 / (n + N) instead of 1 and 0: where a small set is predicted without a mistake, the best T would be 0.
+    The negative log-likelihood is convex in 1/T, so that its derivative has one zero. Where a small set is predicted
+    without a mistake, the best T would be 0; so the targets are smoothed, as Platt did it for two classes, but by the
+    weight of one image that belongs to all classes alike: a mistake-free set of n images promises no more.
 
     Args:
         logits: (n, N), of images with a label.
@@ -79,8 +80,9 @@ def fit_temperature(logits: ArrayLike, labels: Sequence[int]) -> float:
     values = values - values.mean(axis=1, keepdims=True)
     if classes < 2 or not np.any(values):
         return 1.0
-    targets = np.full((n, classes), 1.0 / (n + classes))
-    targets[np.arange(n), np.asarray(labels)] = (n + 1.0) / (n + classes)
+    targets = np.full((n, classes), 1.0 / classes)
+    targets[np.arange(n), np.asarray(labels)] += n
+    targets /= n + 1
 
     def slope(inverse: float) -> float:
         """Derivative of the negative log-likelihood with respect to 1/T; it grows with 1/T."""

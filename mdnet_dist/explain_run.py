@@ -1,0 +1,158 @@
+"""Which images `launch/explain.py` explains, and the files it writes: OUT/NAME.html, OUT/NAME.png, OUT/index.html."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mdnet_dist.config import DataConfig
+from mdnet_dist.data import Encoder, RawSample, fit_mask_to_square, read_shard
+from mdnet_dist.errors import InputError
+from mdnet_dist.explain import Entry, Explanation, index, page
+from mdnet_dist.export import ModelCard
+from mdnet_dist.figures import draw_report
+from mdnet_dist.images import decode_mask
+from mdnet_dist.model.mdnet import MDNet
+from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, split_answers
+from mdnet_dist.predict_folder import find_images
+from mdnet_dist.shards import MANIFEST_NAME, load_manifest, write_atomically
+
+BATCH = 8
+
+
+def explain(
+    card: ModelCard, explanations: Iterable[Explanation], out: Path, title: str, total: int | None = None
+) -> int:
+    """Write a page and a picture of each image, and then the index over them; returns how many.
+
+    Raises:
+        InputError: nothing to explain, or the folder cannot be written.
+    """
+    entries: list[Entry] = []
+    taken = {"index"}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for shown in tqdm(explanations, total=total, unit="image", disable=None):
+            name = _file_name(shown.key, taken)
+            answer = shown.answer
+            draw_report(
+                shown.image,
+                answer.words,
+                answer.attention,
+                answer.probabilities,
+                answer.class_maps[answer.predicted_label] if answer.predicted_label is not None else None,
+                shown.label,
+                shown.references,
+                shown.mask,
+                path=out / f"{name}.png",
+            )
+            write_atomically(out / f"{name}.html", page(shown, card.intended_use, f"{name}.png"))
+            entries.append(Entry.of(shown, f"{name}.html"))
+        if not entries:
+            raise InputError(f"{out}: none of the images can be read; the lines above say why")
+        write_atomically(out / "index.html", index(entries, title, card.intended_use))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    return len(entries)
+
+
+def _file_name(key: str, taken: set[str]) -> str:
+    """A key as a plain file name that no other image has, whatever a file system makes of case."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:80] or "image"
+    name, number = plain, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{plain}-{number}"
+    taken.add(name.lower())
+    return name
+
+
+def explain_sources(
+    network: MDNet,
+    card: ModelCard,
+    sources: Sequence[Path],
+    decoder: Decoder,
+    *,
+    part: str = "test",
+    keys: Sequence[str] = (),
+    count: int | None = None,
+    device: torch.device | str = "cpu",
+    beam_width: int = 1,
+) -> Iterator[Explanation]:
+    """Explain image files, folders of images and shard sets, in the order in which they are named.
+
+    An image file that cannot be read is named on stderr and left out.
+
+    Args:
+        part: of shard sets.
+        keys: only these samples of shard sets.
+        count: of each folder or shard set, at most.
+
+    Raises:
+        InputError: no such file, part or key; a shard that cannot be read.
+    """
+    for source in sources:
+        if (source / MANIFEST_NAME).is_file():
+            yield from explain_samples(
+                network, card, _samples(source, part, keys, count), device=device, beam_width=beam_width
+            )
+            continue
+        paths = find_images(source)[:count]
+        root = source if source.is_dir() else source.parent
+        answers = answer_files(network, card, paths, decoder, device=device, batch=BATCH, beam_width=beam_width)
+        for path, square, answer in answers:
+            if isinstance(answer, InputError):
+                tqdm.write(f"skipped: {answer}", file=sys.stderr)
+            else:
+                name = str(path.relative_to(root)).encode("utf-8", "replace").decode()
+                assert square is not None  # it goes with the answer
+                yield Explanation(key=name, image=square, answer=answer, label=None, references=[])
+
+
+def _samples(folder: Path, part: str, keys: Sequence[str], count: int | None) -> Iterator[RawSample]:
+    manifest = load_manifest(folder)
+    wanted, found = set(keys), 0
+    for shard in manifest.shards_of([part]):
+        for sample in read_shard(folder, shard):
+            if keys and sample.key not in wanted:
+                continue
+            if count is not None and found == count:
+                return
+            wanted.discard(sample.key)
+            found += 1
+            yield sample
+    if wanted:
+        raise InputError(f"{folder}: part '{part}' has no sample '{min(wanted)}'")
+
+
+def explain_samples(
+    network: MDNet,
+    card: ModelCard,
+    samples: Iterable[RawSample],
+    *,
+    device: torch.device | str = "cpu",
+    beam_width: int = 1,
+) -> Iterator[Explanation]:
+    """Explain samples of a shard set, with their labels, references and masks."""
+    config = DataConfig.model_validate({**card.data, "shards": ""})
+    encoder = Encoder(config, card.topics, card.classes, card.vocabulary)
+    remaining = iter(samples)
+    while batch := list(islice(remaining, BATCH)):
+        squares = [encoder.image(sample.image, sample.where) for sample in batch]
+        answers = answers_of(network, card, as_batch(squares, device), beam_width)
+        for sample, square, answer in zip(batch, squares, split_answers(network, card, answers, range(len(batch)))):
+            mask = decode_mask(sample.mask, sample.where) if sample.mask is not None else None
+            yield Explanation(
+                key=sample.key,
+                image=square,
+                answer=answer,
+                label=sample.record.label,
+                references=sample.record.reports,
+                mask=fit_mask_to_square(mask, config.image_size, config.fit) if mask is not None else None,
+            )
