@@ -67,6 +67,7 @@ class PlannedSample:
 
     @property
     def place(self) -> str:
+        """Where the sample came from, as messages name it."""
         return self.where or f"sample '{self.key}'"
 
 
@@ -171,6 +172,11 @@ def check_patients(samples: Iterable[tuple[str, str | None, str]]) -> None:
 
 
 def check_reports(record: SampleRecord, place: str, topics: Sequence[str]) -> None:
+    """Check that a sample has reports, and each a sentence on declared topics.
+
+    Raises:
+        InputError: otherwise, naming `place`, the report and the topic.
+    """
     if not record.reports:
         raise InputError(f"{place}: no reports; a sample needs at least one")
     for number, report in enumerate(record.reports, start=1):
