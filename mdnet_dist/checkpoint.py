@@ -150,16 +150,24 @@ def load_checkpoint(checkpoint: Path) -> tuple[Progress, dict[str, Tensor], dict
 def best_checkpoint(run_folder: Path) -> Path | None:
     """The checkpoint with the best validation score, of equal ones the oldest; the last where none was scored."""
     found = checkpoints(run_folder)
-    scored = [(progress.score, path) for path in found if (progress := read_progress(path)).score is not None]
+    scored = [(score, path) for path in found if (score := _score(path)) is not None]
     if scored:
         return max(scored, key=lambda pair: pair[0])[1]
     return found[-1] if found else None
 
 
+def _score(checkpoint: Path) -> float | None:
+    """The validation score of a checkpoint; None where it has none, or is damaged: it must not end a sound run."""
+    try:
+        return read_progress(checkpoint).score
+    except InputError:
+        return None
+
+
 def prune_checkpoints(run_folder: Path, keep_last: int, keep_best: int) -> None:
     """Delete all checkpoints but the newest and the best few."""
     found = checkpoints(run_folder)
-    scores = {path: read_progress(path).score for path in found}
+    scores = {path: _score(path) for path in found}
     scored = sorted((path for path in found if scores[path] is not None), key=lambda path: -(scores[path] or 0.0))
     kept = {*found[-keep_last:], *scored[:keep_best]}
     for path in found:

@@ -94,6 +94,7 @@ class Trainer:
         self.nltk_data = Path(config.runs_folder) / "nltk_data"
         self.step, self.updates, self.bad_steps = 0, 0, 0
         self.best_score: float | None = None
+        self._stop: StopRequest | None = None  # while `run` runs
         self.eta = EtaBalance(config.blend.eta_memory)
         # The same weights on every rank, whatever was drawn before.
         torch.manual_seed(config.train.seed)
@@ -188,7 +189,7 @@ class Trainer:
             Preempted: a signal asked to stop, and a checkpoint has been written.
             TrainingFailed: too many steps in a row were not finite.
         """
-        self._stop: StopRequest | None = StopRequest()
+        self._stop = StopRequest()
         progress = ProgressBar(self.steps, self.step, self.config.train.log_every_steps)
         try:
             if self.step < self.steps:

@@ -401,3 +401,14 @@ def test_any_cut_is_found(tmp_path: Path) -> None:
         path.write_bytes(content[:cut])
         with pytest.raises(InputError):
             load_checkpoint(path.parent)
+
+
+def test_an_old_checkpoint_that_is_damaged_does_not_end_a_sound_run(tmp_path: Path) -> None:
+    for step, score in ((10, 0.9), (20, 0.5), (30, 0.6)):
+        save(tmp_path, step, score)
+    (tmp_path / "checkpoints" / "step-00000010" / "state.json").write_text("{")
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert best.name == "step-00000030"
+    prune_checkpoints(tmp_path, keep_last=1, keep_best=1)
+    assert names(tmp_path) == ["step-00000030"]
