@@ -21,11 +21,11 @@ train: venv $(DATA)/manifest.json
 $(DATA)/manifest.json: | venv
 	@$(RUN) -m data_shards synth --out $(DATA) --images 1000 --patients 32 --size 128 --seed 0 --force
 
-# Lint, types, then every test. The slow ones start several processes each: no parallel runner for them.
+# Lint, types, then every test. The slow ones start several processes each: two at a time, a file's tests together.
 test: venv lint
 	$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
 	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m "not slow" $(PARALLEL)
-	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m slow --durations 10
+	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m slow -n 2 --dist loadfile --durations 10
 
 quick: venv
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
