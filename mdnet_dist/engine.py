@@ -35,6 +35,9 @@ def _import_deepspeed() -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # On CPUs DeepSpeed would compile an operator that sums over shared memory: a minute at the first start, and a job
+    # that is killed meanwhile leaves a lock for which all later ones wait forever. gloo does the same without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -46,7 +49,7 @@ def start_processes() -> torch.device:
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of compiling its shared-memory operator
+            with contextlib.redirect_stdout(io.StringIO()):
                 deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
