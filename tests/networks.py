@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import LanguageModelConfig, MedicalImageModel, ModelConfig
+from mdnet_dist.model.language_model import LanguageModel
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.vocabulary import END, PAD, SPECIAL_WORDS
 
@@ -83,11 +84,23 @@ def freeze_batch_norm(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            channels = module.num_features
-            module.running_mean.copy_(torch.linspace(-0.1, 0.1, channels))
-            module.running_var.copy_(torch.linspace(0.5, 1.5, channels))
+            mean, variance = module.get_buffer("running_mean"), module.get_buffer("running_var")
+            mean.copy_(torch.linspace(-0.1, 0.1, len(mean)))
+            variance.copy_(torch.linspace(0.5, 1.5, len(variance)))
             module.eval()
-            module.train = lambda mode=True, module=module: module
+            setattr(module, "train", lambda mode=True, module=module: module)  # noqa: B010 (a method, to mypy)
+
+
+def language_model_of(network: MDNet) -> LanguageModel:
+    """Its language model, which it has where there are topics."""
+    assert network.language_model is not None
+    return network.language_model
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """Its gradient, which it must have."""
+    assert weight.grad is not None
+    return weight.grad
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:

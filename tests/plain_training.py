@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdnet_dist.config import RunConfig
+from mdnet_dist.config import RunConfig, SgdGroup
 from mdnet_dist.data import Batch
 from mdnet_dist.distributed import rank, world_size
 from mdnet_dist.export import ModelCard
@@ -28,7 +28,7 @@ from mdnet_dist.plan import accumulation_steps, micro_batches
 from mdnet_dist.shards import SampleRecord
 from mdnet_dist.trainer import Trainer
 from mdnet_dist.vocabulary import PAD, SPECIAL_WORDS
-from tests.networks import freeze_batch_norm, ragged_tokens
+from tests.networks import freeze_batch_norm, language_model_of, ragged_tokens
 from tests.tiny import CLASSES, TOPICS, WORDS, tiny_config
 
 GLOBAL_BATCH, STEPS = 7, 3  # seven does not divide by two ranks, nor by three micro-batches
@@ -150,6 +150,7 @@ def plain_pytorch(card: ModelCard, config: RunConfig, batches: Sequence[Batch]) 
     freeze_batch_norm(network)
     d, m, l = (list(part.parameters()) for part in network.parts().values())  # noqa: E741 (the paper's name)
     sgd, adam = config.optimizer.image, config.optimizer.head
+    assert isinstance(sgd, SgdGroup)
     optimizers = [
         torch.optim.SGD(d, lr=sgd.lr, momentum=sgd.momentum, nesterov=True, weight_decay=sgd.weight_decay),
         torch.optim.AdamW([*m, *l], lr=adam.lr, betas=(0.9, 0.999), eps=adam.eps, weight_decay=adam.weight_decay),
@@ -160,7 +161,7 @@ def plain_pytorch(card: ModelCard, config: RunConfig, batches: Sequence[Batch]) 
         features = network.image_model(card.normalise(batch.images))
         logits, sharpening_map = network.class_maps(features)
         loss_m = F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL)  # mean over those with a label
-        told = network.language_model(features, sharpening_map, batch.tokens, batch.lengths)
+        told = language_model_of(network)(features, sharpening_map, batch.tokens, batch.lengths)
         words = told.targets != PAD
         loss_l = F.cross_entropy(told.logits[words], told.targets[words])  # mean over the words
         map_m, *gradients_m = torch.autograd.grad(loss_m, [features, *d, *m], retain_graph=True)

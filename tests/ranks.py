@@ -31,7 +31,8 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     port = _free_port()
-    processes, pipes = [], []
+    processes: list[Any] = []
+    pipes: list[Connection] = []
     for rank in range(ranks):
         receiver, sender = context.Pipe(duplex=False)
         processes.append(
@@ -45,12 +46,13 @@ def run_ranks(
     try:
         while len(results) < ranks:
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            ready = set(wait(waiting, timeout=max(0.0, deadline - time.monotonic())))
             assert ready, f"no answer from rank {[rank for rank in range(ranks) if rank not in results]} in time"
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
+            for rank, pipe in enumerate(pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    result, failure = pipe.recv()  # type: ignore[union-attr]
+                    result, failure = pipe.recv()
                 except EOFError:
                     failure = "it died without a word"
                 assert failure is None, f"rank {rank}: {failure}"

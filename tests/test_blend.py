@@ -16,6 +16,8 @@ from mdnet_dist.optimizer import PartOptimizer
 from mdnet_dist.vocabulary import PAD
 from tests.networks import (
     Inputs,
+    gradient_of,
+    language_model_of,
     one_thread,  # noqa: F401 (a fixture)
     ragged_tokens,
     random_inputs,
@@ -42,7 +44,7 @@ def blended(network: MDNet, inputs: Inputs, beta: float, eta: float) -> dict[str
     labelled, tokens = counts(inputs)
     losses = network(*inputs)
     (losses.m / labelled + losses.l / tokens).backward()
-    return {name: weight.grad.clone() for name, weight in network.named_parameters()}
+    return {name: gradient_of(weight).clone() for name, weight in network.named_parameters()}
 
 
 def separate(network: MDNet, inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
@@ -56,14 +58,14 @@ def separate(network: MDNet, inputs: Inputs) -> tuple[dict[str, Tensor], dict[st
         if which == "m":
             loss = F.cross_entropy(logits.float(), inputs.labels, ignore_index=NO_LABEL, reduction="sum") / labelled
         else:
-            told = network.language_model(
+            told = language_model_of(network)(
                 features, sharpening_map if network.sharpen else None, inputs.tokens, inputs.lengths
             )
-            loss = network.language_model.word_losses(told).sum() / tokens
+            loss = language_model_of(network).word_losses(told).sum() / tokens
         at_map, *found = torch.autograd.grad(loss, [features, *weights], allow_unused=True)
         gradients.append({name: value for name, value in zip(names, found) if value is not None})
         squared_norms.append(float(at_map.square().sum()))
-    return *gradients, squared_norms
+    return gradients[0], gradients[1], squared_norms
 
 
 def by_hand(network: MDNet, inputs: Inputs, beta: float, eta: float) -> dict[str, Tensor]:
@@ -120,7 +122,7 @@ def test_the_norms_add_up_over_micro_batches_until_they_are_set_anew() -> None:
         features = torch.ones(2, 3, 1, 1, requires_grad=True)
         for_m, for_l = blend(features)
         (scale * for_m.sum() + 2 * scale * for_l.sum()).backward()
-        assert torch.allclose(features.grad, torch.full_like(features, 0.75 * scale + 0.5 * 2 * scale))
+        assert torch.allclose(gradient_of(features), torch.full_like(features, 0.75 * scale + 0.5 * 2 * scale))
         expected += torch.tensor([6 * scale**2, 24 * scale**2])
     assert torch.equal(blend.squared_norms, expected)
     blend.set(0.25, 2.0)
@@ -132,7 +134,7 @@ def test_a_loss_that_does_not_use_its_map_counts_as_zero() -> None:
     blend.set(0.25, 2.0)
     features = torch.ones(1, 2, 1, 1, requires_grad=True)
     blend(features)[0].sum().backward()
-    assert torch.equal(features.grad, torch.full_like(features, 0.75))
+    assert torch.equal(gradient_of(features), torch.full_like(features, 0.75))
     assert blend.squared_norms.tolist() == [2.0, 0.0]
 
 
@@ -195,8 +197,8 @@ def test_a_batch_without_labels_gives_zero_loss_and_zero_gradients_of_m() -> Non
         losses = network(*unlabelled, label_smoothing)
         assert losses.m.item() == 0.0
         (losses.m + losses.l).backward()
-        gradients = {name: weight.grad for name, weight in network.named_parameters()}
-        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+        gradients = {name: gradient_of(weight) for name, weight in network.named_parameters()}
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
         assert not gradients["class_maps.weight"].any() and not gradients["class_maps.bias"].any()
         assert gradients["language_model.output.weight"].any()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_ecnet_56_12_has_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, "full"])
-def test_ecnet_keeps_the_promised_widths(depth: int | str) -> None:
+def test_ecnet_keeps_the_promised_widths(depth: Any) -> None:
     with torch.device("meta"):
         model = ImageModel(CifarImageModel(depth=29, widening=2, concat_depth=depth))
         images = torch.empty(2, 3, 32, 32)
@@ -48,7 +50,7 @@ def test_ecnet_keeps_the_promised_widths(depth: int | str) -> None:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_the_medical_map_is_14_by_14(depth: int | str) -> None:
+def test_the_medical_map_is_14_by_14(depth: Any) -> None:
     with torch.device("meta"):
         model = ImageModel(MedicalImageModel(concat_depth=depth))
         shape = model(torch.empty(1, 3, 224, 224)).shape
@@ -77,7 +79,7 @@ def count_by_hand(channels_in: int, nout: int, units: int, depth: int) -> int:
     stride=st.sampled_from([1, 2]),
 )
 def test_every_stage_has_its_width_its_weights_and_its_concatenations(
-    channels_in: int, nout: int, units: int, depth: int | str, stride: int
+    channels_in: int, nout: int, units: int, depth: Any, stride: int
 ) -> None:
     with torch.device("meta"):
         stage, width = build_stage(channels_in, nout, units, stride, depth)
@@ -101,7 +103,7 @@ def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
-def unit_by_hand(unit: Unit, y: Tensor, stride: int) -> Tensor:
+def unit_by_hand(unit: Any, y: Tensor, stride: int) -> Tensor:
     norm1, _, conv1, norm2, _, conv2, norm3, _, conv3 = unit.residual
     x = F.conv2d(normalised(y, norm1).clamp(min=0), conv1.weight, stride=stride)
     x = F.conv2d(normalised(x, norm2).clamp(min=0), conv2.weight, padding=1)
@@ -139,8 +141,9 @@ def test_a_unit_equals_one_written_by_hand(
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("form", ["medical", "cifar"])
-def test_the_whole_image_model_equals_one_written_by_hand(form: str, depth: int | str) -> None:
+def test_the_whole_image_model_equals_one_written_by_hand(form: str, depth: Any) -> None:
     torch.manual_seed(2)
+    model: Any
     if form == "cifar":
         model = ImageModel(CifarImageModel(depth=20, widening=1, concat_depth=depth)).double()
         strides = [1, 2, 2]
@@ -162,7 +165,7 @@ def test_the_whole_image_model_equals_one_written_by_hand(form: str, depth: int 
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_every_depth_trains_a_step(depth: int | str) -> None:
+def test_every_depth_trains_a_step(depth: Any) -> None:
     torch.manual_seed(3)
     model = ImageModel(CifarImageModel(depth=20, widening=1, concat_depth=depth))
     head = ClassMaps(model.channels, 4)
@@ -183,8 +186,8 @@ def test_every_depth_trains_a_step(depth: int | str) -> None:
 def test_concatenated_outputs_reach_the_classifier_through_weights_of_their_own() -> None:
     """docs/design.md section 1: F_2 w_1 + F_1 w_2 + W y w_3, where a residual stage has (F_2 + F_1 + W y) w."""
     torch.manual_seed(4)
-    stage, width = build_stage(4, 8, 2, 1, "full")
-    stage = stage.double()
+    built, width = build_stage(4, 8, 2, 1, "full")
+    stage: Any = built.double()
     freeze_batch_norm(stage)
     y = torch.randn(2, 4, 5, 5, dtype=torch.double)
     first = stage[0]
@@ -207,8 +210,8 @@ def test_class_maps_average_to_the_logits() -> None:
     maps = head.maps(features)
     assert maps.shape == (3, 4, 20)
     torch.testing.assert_close(maps.mean(2) + head.bias, logits)
-    by_hand = sum(head.weight[2, c] * features[1, c] for c in range(6)).flatten()
-    torch.testing.assert_close(maps[1, 2], by_hand)
+    by_hand = torch.stack([head.weight[2, c] * features[1, c] for c in range(6)]).sum(0)
+    torch.testing.assert_close(maps[1, 2], by_hand.flatten())
 
 
 def test_the_sharpening_map_is_the_predicted_class_standardised_and_detached() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mdnet_dist.config import LanguageModelConfig
 from mdnet_dist.model.language_model import LanguageModel, _AttentionScores
 from mdnet_dist.vocabulary import PAD, START
-from tests.networks import one_thread, ragged_tokens, relative_difference  # noqa: F401 (one_thread is a fixture)
+from tests.networks import gradient_of, one_thread, ragged_tokens, relative_difference  # noqa: F401 (one_thread is a fixture)
 
 B, R, K, T, H, W, C, V = 4, 3, 2, 5, 2, 3, 7, 12
 CONFIG = LanguageModelConfig(embedding=6, hidden=5, attention=4, dropout=0.0)
@@ -123,10 +123,10 @@ def test_it_equals_a_plain_loop_in_values_attention_and_gradients(sharpen: bool,
     laid_out.flatten(1).scatter_add_(1, told.places, losses.detach().double() * real)
     torch.testing.assert_close(laid_out, expected.detach(), rtol=1e-5, atol=1e-6)
     assert losses.sum().item() == pytest.approx(expected.sum().item(), rel=1e-6)
-    assert relative_difference(features.grad, features_too.grad) < 1e-5
+    assert relative_difference(gradient_of(features), gradient_of(features_too)) < 1e-5
     for name, weight in model.named_parameters():
-        assert weight.grad.any(), name
-        assert relative_difference(weight.grad, weights[name].grad) < 1e-5, name
+        assert gradient_of(weight).any(), name
+        assert relative_difference(gradient_of(weight), gradient_of(weights[name])) < 1e-5, name
 
 
 def test_attention_is_returned_for_every_word_sums_to_one_and_is_zero_elsewhere() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mdnet_dist.config import AdamGroup, AdamWConfig, ScheduleConfig, SgdAdamConfig, SgdGroup
 from mdnet_dist.optimizer import PartOptimizer
-from tests.networks import one_thread  # noqa: F401 (a fixture)
+from tests.networks import gradient_of, one_thread  # noqa: F401 (one_thread is a fixture)
 
 CONSTANT = ScheduleConfig(kind="constant", warmup=0.0)
 SGD_ADAM = SgdAdamConfig(
@@ -43,13 +44,15 @@ def set_gradients(parts: dict[str, list[nn.Parameter]], step: int) -> None:
             )
 
 
-def own_optimizers(parts: dict[str, list[nn.Parameter]], config: SgdAdamConfig | AdamWConfig) -> list:
+def own_optimizers(
+    parts: dict[str, list[nn.Parameter]], config: SgdAdamConfig | AdamWConfig
+) -> list[torch.optim.Optimizer]:
     """PyTorch's optimizers, one for each part."""
-    made = []
+    made: list[torch.optim.Optimizer] = []
     for name, weights in parts.items():
         group = getattr(config, name)
         if isinstance(group, SgdGroup):
-            options = {"momentum": group.momentum, "nesterov": group.nesterov}
+            options: dict[str, Any] = {"momentum": group.momentum, "nesterov": group.nesterov}
             made.append(torch.optim.SGD(weights, lr=group.lr, weight_decay=group.weight_decay, **options))
         else:
             options = {"betas": tuple(group.betas), "eps": group.eps}
@@ -135,7 +138,7 @@ def test_one_gradient_that_is_not_finite_keeps_all_weights_and_the_state(part: s
     optimizer.step()
     weights, state = flat(parts), copy.deepcopy(optimizer.state_dict())
     set_gradients(parts, 1)
-    parts[part][0].grad.flatten()[1] = value
+    gradient_of(parts[part][0]).flatten()[1] = value
     optimizer.step()
     assert not optimizer.moved
     assert equal(flat(parts), weights)

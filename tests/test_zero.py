@@ -94,7 +94,7 @@ def test_two_ranks_under_zero_2_equal_plain_pytorch(shards: Path, tmp_path: Path
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_stage_and_accumulation_equals_plain_pytorch(ranks: int, shards: Path, tmp_path: Path) -> None:
     cases = [Case(stage, accumulation) for stage, accumulation in product(range(4), [1, 3])]
-    cases += [Case(stage, clip_norm=0.2) for stage in range(4)]
+    cases += [Case(stage, clip_norm=0.2) for stage in (0, 2, 3)]
     cases += [Case(stage, from_shards=True) for stage in (0, 3)]
     assert_equal_to_plain_pytorch(cases, ranks, shards, tmp_path)
 
@@ -139,10 +139,10 @@ def runs_of(runs: Path, case: Case, ranks: int) -> Path:
 @pytest.mark.slow
 def test_a_checkpoint_continues_under_any_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     uninterrupted: dict[tuple[Case, int], tuple[Weights, Weights, Weights]] = {}
-    for ranks, origins in ((1, [Case(0)]), (2, [Case(1), Case(2), Case(3)])):
+    for ranks, origins in ((1, [Case(0)]), (2, [Case(2), Case(3)])):
         by_rank = run_ranks(train_and_save, ranks, origins, shards, tmp_path)
         uninterrupted |= {(origin, ranks): result for origin, result in zip(origins, by_rank[0], strict=True)}
-    for ranks, stages in ((1, [Case(0), Case(3)]), (2, [Case(stage) for stage in range(4)])):
+    for ranks, stages in ((1, [Case(0), Case(3)]), (2, [Case(1), Case(2), Case(3)])):
         for continued in run_ranks(continue_from, ranks, list(uninterrupted), stages, shards, tmp_path):
             pairs = product(uninterrupted.items(), stages)
             for ((origin, (weights, state, final)), case), (loaded, loaded_state, continued_final) in zip(
@@ -164,7 +164,7 @@ def spoil(trainer: Trainer, what: str) -> Callable[[], None]:
     """Make this rank's loss, or only its gradient, not a number; returns what ends that."""
     if what == "loss":
         whole = trainer._images
-        trainer._images = lambda batch: whole(batch) * math.nan
+        setattr(trainer, "_images", lambda batch: whole(batch) * math.nan)  # noqa: B010 (a method, to mypy)
         return lambda: setattr(trainer, "_images", whole)
 
     def spoil_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -192,22 +192,23 @@ def train_with_one_bad_step(stages: list[int], what: str, shards: Path, runs: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "ranks"), [("loss", 2), ("gradient", 2), ("gradient", 1)])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_where_one_rank_is_not_finite_no_rank_moves_and_training_goes_on(
-    what: str, ranks: int, shards: Path, tmp_path: Path
+    what: str, shards: Path, tmp_path: Path
 ) -> None:
-    stages = [0, 1, 2, 3]
+    stages, ranks = [0, 1, 2, 3], 2
     by_rank = run_ranks(train_with_one_bad_step, ranks, stages, what, shards, tmp_path)
     first, _, third = global_batches()
     config = Case(0).config(ranks, shards, tmp_path)
     reference = plain_pytorch(open_data(config).card, config, [first, third])
     for which, (number, stage) in product(range(ranks), enumerate(stages)):
         place = f"{what} at stage {stage}, rank {which}"
-        (_, *_), (after_first, good, *_), (after_bad, bad, updates, bad_steps), (at_end, last, *end) = by_rank[which][
-            number
-        ]
-        assert good.moved and (updates, bad_steps) == (1, 1), place
-        assert not bad.moved and bad.finite == (what == "gradient"), place
+        _, good_step, bad_step, last_step = by_rank[which][number]
+        after_first, good, *_ = good_step
+        after_bad, bad, updates, bad_steps = bad_step
+        at_end, last, *end = last_step
+        assert good.moved and not bad.moved and (updates, bad_steps) == (1, 1), place
+        assert bad.finite == (what == "gradient"), place
         assert all(np.array_equal(after_bad[name], after_first[name]) for name in after_first), place
         assert last.moved and last.finite and end == [2, 0], place
         assert_same_weights(at_end, reference[2].weights, reference[1].weights, place)
