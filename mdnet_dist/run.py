@@ -20,7 +20,7 @@ from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability
 from mdnet_dist.figures import draw_confusion_matrix, draw_reliability, draw_report, draw_training_curves
 from mdnet_dist.images import decode_mask
 from mdnet_dist.metrics.meteor import meteor_unavailable_reason
-from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_reports, score_reports
+from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_score, score_reports
 from mdnet_dist.run_data import RunData
 from mdnet_dist.run_folder import CONFIG, METRICS, PICTURES, PREDICTIONS
 from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
@@ -187,10 +187,8 @@ def score_table(result: Result) -> str:
 def yardstick_people(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
     """What people score: each image's first report against its others."""
     card = data.card
-    compared = people_reports([prediction.scored() for prediction in predictions], card.topics)
-    if not compared:
-        return None
-    return score_reports(compared, card.topics, card.conclusions, card.classes, nltk_data)
+    images = [prediction.scored() for prediction in predictions]
+    return people_score(images, card.topics, card.conclusions, card.classes, nltk_data)
 
 
 def yardstick_oracle(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
