@@ -16,12 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdnet_dist.data import Batch
+from mdnet_dist.config import DataConfig
+from mdnet_dist.data import Batch, fit_mask_to_square
 from mdnet_dist.distributed import gather, is_first, on_first, raise_together
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
+from mdnet_dist.images import decode_mask
 from mdnet_dist.metrics.calibration import Reliability, fit_temperature, reliability
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
+from mdnet_dist.metrics.localization import (
+    CLASS_MAP,
+    SENTENCES,
+    UNIFORM,
+    Localization,
+    evidence,
+    localize,
+    mean_localization,
+    mean_of_maps,
+    uniform,
+)
 from mdnet_dist.metrics.reports import ScoredImage, said_class, score_reports
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.predict import Answer, Answers, answers_of, predicted_class, split_answers
@@ -45,6 +58,7 @@ class Prediction:
     tokens: int  # that loss_l is the sum of
     logits: list[float]  # of M, in the order of the classes, before any temperature
     grades: dict[str, str] = field(default_factory=dict)  # true grades, where the set knows them
+    localization: dict[str, Localization] = field(default_factory=dict)  # by map, where the image has a mask
 
     def scored(self) -> ScoredImage:
         """What the report metrics look at."""
@@ -59,7 +73,7 @@ class Prediction:
     def as_line(self) -> dict[str, Any]:
         """The JSON object of predictions.jsonl."""
         fields = asdict(self)
-        for name in ("loss_m", "loss_l", "tokens", "logits", "grades"):
+        for name in ("loss_m", "loss_l", "tokens", "logits", "grades", "localization"):
             del fields[name]
         return fields
 
@@ -132,6 +146,9 @@ def score(predictions: list[Prediction], card: ModelCard, nltk_data: Path | None
     tokens = sum(prediction.tokens for prediction in predictions)
     if tokens:
         metrics["loss_l"] = math.fsum(prediction.loss_l for prediction in predictions) / tokens
+    masked = [prediction.localization for prediction in predictions if prediction.localization]
+    if masked:
+        metrics |= {"masked_images": float(len(masked)), **mean_localization(masked)}
     return metrics
 
 
@@ -169,6 +186,7 @@ def _predict(
             tokens=int(batch.lengths[i].sum()),
             logits=answers.logits[i].tolist() if card.classes else [],
             grades=record.grades,
+            localization=_localization(network, card, answers, i, batch.masks[i], key),
         )
         if labelled and CONCLUSION in card.topics:
             prediction = replace(prediction, dca_correct=said_class(prediction.scored(), class_of) == record.label)
@@ -194,6 +212,36 @@ def _losses_l(network: MDNet, answers: Answers, batch: Batch) -> Tensor:
         return torch.zeros(len(batch.keys))
     told = model(answers.features, answers.sharpening_map, batch.tokens, batch.lengths)
     return model.word_losses(told).sum(1).double().cpu()
+
+
+@torch.no_grad()
+def _localization(
+    network: MDNet, card: ModelCard, answers: Answers, image: int, mask_file: bytes | None, key: str
+) -> dict[str, Localization]:
+    """How well the maps of one image agree with its mask: {map: scores}; empty where the mask tells nothing.
+
+    A topic's map is the mean over the words of the generated sentence.
+    """
+    if mask_file is None:
+        return {}
+    config = DataConfig.model_validate({**card.data, "shards": ""})
+    mask = fit_mask_to_square(decode_mask(mask_file, f"mask of sample '{key}'"), config.image_size, config.fit)
+    if mask.all() or not mask.any():
+        return {}
+    h, w = answers.features.shape[2:]
+    sentences = {
+        topic: localize(answers.attention[image, k, : len(words)].mean(0).view(h, w).double().cpu().numpy(), mask)
+        for k, (topic, words) in enumerate(answers.words[image].items())
+        if words
+    }
+    found = dict(sentences)
+    if sentences:
+        found[SENTENCES] = mean_of_maps(sentences.values())
+    if card.classes:
+        maps = network.class_maps.maps(answers.features[image : image + 1])[0]
+        predicted = maps[answers.logits[image].argmax()].view(h, w)
+        found[CLASS_MAP] = localize(evidence(predicted.double().cpu().numpy()), mask)
+    return {**found, UNIFORM: uniform(mask)}
 
 
 def _by_class(card: ModelCard, probabilities: list[float]) -> dict[str, float]:
