@@ -104,6 +104,9 @@ class MedicalImageModel(Section):
     """Stride of each stage's first unit; the stem and its pooling stride by 4 before them."""
     concat_depth: Count | Literal["full"] = 1
     """d: units at the start of each stage whose output is concatenated instead of added."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """What convolutions see beyond the image's border. With zeros, border positions know where they are and come to
+    hold what is true of the whole image, which draws the attention there; the mirrored image tells them nothing."""
 
     @model_validator(mode="after")
     def _stages_agree(self) -> MedicalImageModel:
@@ -169,6 +172,9 @@ class ModelConfig(Section):
     """L."""
     sharpening: Literal["cam", "none"] = "cam"
     """cam: the predicted class's activation map goes into L's attention; none: Show-Attend-Tell attention."""
+    sharpness: NotNegative = 2.0
+    """cam: what a position's score in the attention gains where the class map lies one standard deviation above its
+    mean; 0 is as none."""
 
 
 # --------------------------------------------------------------------------------------------------------------- blend

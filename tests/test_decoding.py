@@ -26,7 +26,7 @@ NextWord = Callable[[list[int]], Tensor]
 def opinionated_model(seed: int, words: int = V, topics: int = K, end_bias: float = 1.0) -> LanguageModel:
     """A model whose random weights are large enough for sentences to differ. Args: end_bias: favours their end."""
     torch.manual_seed(seed)
-    model = LanguageModel(CONFIG, C, topics, words, sharpen=True).eval()
+    model = LanguageModel(CONFIG, C, topics, words, sharpness=1.5).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3)

@@ -48,7 +48,9 @@ class MDNet(nn.Module):
         self.class_maps = ClassMaps(self.image_model.channels, max(1, classes))
         self.sharpen = config.sharpening == "cam"
         self.language_model = (
-            LanguageModel(config.language, self.image_model.channels, topics, words, self.sharpen) if topics else None
+            LanguageModel(config.language, self.image_model.channels, topics, words, config.sharpness)
+            if topics
+            else None
         )
 
     def forward(
