@@ -1,5 +1,6 @@
-"""Train one network: `deepspeed [--num_accelerators N] launch/train.py CONFIG.yaml [key=value ...]`.
+"""Train one network: `deepspeed [--num_accelerators N] launch/train.py CONFIG.yaml [key=value | OVERLAY.yaml ...]`.
 
+An overlay is a YAML file with a part of a configuration, laid over what stands before it.
 Also runs as plain `python launch/train.py` on one device.
 """
 
@@ -15,7 +16,12 @@ def main() -> None:
     """Parse the command line, train, print the test scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, as launch/configs/demo.yaml; docs/configuration.md lists every key")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key of the file and its new value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted key of the file and its new value; or an overlay, as launch/configs/baselines/resnet.yaml",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     arguments = parser.parse_intermixed_args()

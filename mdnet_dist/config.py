@@ -1,7 +1,8 @@
 """The configuration of a run: every field, its meaning, its unit and its default, in this one place.
 
-A run is described by one YAML file plus dotted overrides (`train.epochs=3`). Unknown keys are refused with the nearest
-known one, wrong types and contradictions are refused naming the values, and the result cannot be changed afterwards.
+A run is described by a YAML file, overlays (YAML files with a part of a configuration) and dotted overrides
+(`train.epochs=3`). Unknown keys are refused with the nearest known one, wrong types and contradictions are refused
+naming the values, and the result cannot be changed afterwards.
 Two numbers own the batch: `train.global_batch` and `train.micro_batch`. Accumulation follows from them and the number
 of ranks (`mdnet_dist.plan`), and DeepSpeed's dictionary is generated from this file (`mdnet_dist.engine`).
 """
@@ -490,6 +491,8 @@ class RunConfig(Section):
 
 MAX_CHARACTERS = 1 << 18
 """Longest configuration file that is read."""
+COMMAND_LINE = ""
+"""Where a key comes from that no file gives."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -526,19 +529,33 @@ for _yaml in (_Loader, _Dumper):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply dotted overrides and check the result.
+    """Read a YAML file, change it as overrides say, in their order, and check the result.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value`, the value written as in YAML.
+        overrides: `dotted.key=value`, the value written as in YAML; or the name of an overlay, a YAML file with a part
+            of a configuration, which is laid over what came before (`merged`).
 
     Raises:
         InputError: no such file, not YAML, an unknown key, a wrong type or value, or a contradiction.
     """
     values = read_yaml(path)
+    origins: dict[str, str] = {}
     for override in overrides:
-        apply_override(values, override)
-    return check_config(values, str(path), {override.partition("=")[0] for override in overrides})
+        if is_overlay(override):
+            over = read_yaml(override)
+            values = merged(values, over)
+            changed = dict.fromkeys(_leaves(over), override)
+        else:
+            apply_override(values, override)
+            changed = {override.partition("=")[0]: COMMAND_LINE}
+        origins = {key: origin for key, origin in origins.items() if key not in changed} | changed
+    return check_config(values, str(path), origins)
+
+
+def is_overlay(override: str) -> bool:
+    """Whether an override names a YAML file rather than a key and its value."""
+    return "=" not in override and override.endswith((".yaml", ".yml"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -575,36 +592,76 @@ def _parse(text: str, where: str) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value` in a nested mapping, in place.
+    """Set one `dotted.key=value` in a nested mapping, in place; a mapping is merged into the one that is there.
 
     Raises:
         InputError: no equals sign, a value that is not YAML, or a key below something that is not a mapping.
     """
     key, equals, text = override.partition("=")
+    where = f"override '{_cut(override)}'"
     if not equals or not key:
-        raise InputError(f"override '{_cut(override)}': must be dotted.key=value, as train.epochs=3")
-    value = _parse(text, f"override '{_cut(override)}'")
+        raise InputError(f"{where}: must be dotted.key=value, as train.epochs=3, or a YAML file")
+    over = _parse(text, where)
     *above, last = key.split(".")
+    below: Any = values
     for name in above:
-        below = values.setdefault(name, {})
+        below = below.get(name, {})
         if not isinstance(below, dict):
-            raise InputError(f"override '{_cut(override)}': '{name}' is {_shown(below)}, not a mapping")
-        values = below
-    if isinstance(value, dict) and isinstance(values.get(last), dict):
-        values[last] = {**values[last], **value}
-    else:
-        values[last] = value
+            raise InputError(f"{where}: '{name}' is {_shown(below)}, not a mapping")
+    for name in reversed([*above, last]):
+        over = {name: over}
+    try:
+        values.update(merged(values, over))
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
 
 
-def check_config(
-    values: Mapping[str, Any], source: str, overridden: set[str] | frozenset[str] = frozenset()
-) -> RunConfig:
+def merged(
+    below: Mapping[str, Any], over: Mapping[str, Any], section: type[Section] | None = RunConfig
+) -> dict[str, Any]:
+    """One part of a configuration laid over another: mappings are merged key by key, all else is replaced.
+
+    Where a tag (`kind`, `form`) chooses among sections and `over` gives another than the one below, its mapping
+    replaces the one below whole: the keys of one kind mean nothing, or something else, in another.
+
+    Args:
+        section: what both are a part of; None where the configuration does not say what keys there are.
+    """
+    result = dict(below)
+    for key, value in over.items():
+        known = result.get(key)
+        result[key] = value
+        if not isinstance(value, dict) or not isinstance(known, dict):
+            continue
+        field = section.model_fields.get(key) if section else None
+        choices = sections_in(field) if field else []
+        if field and len(choices) > 1:
+            name = tag_key(choices[0])
+            tag = known.get(name, getattr(field.default, name))
+            if value.get(name, tag) != tag:
+                continue
+            choices = [choice for choice in choices if section_tag(choice) == tag]
+        result[key] = merged(known, value, choices[0] if choices else None)
+    return result
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a nested mapping's values that are not mappings."""
+    leaves = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        leaves += _leaves(value, f"{key}.") if isinstance(value, dict) else [key]
+    return leaves
+
+
+def check_config(values: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> RunConfig:
     """Turn a nested mapping into a checked configuration.
 
     Args:
         values: as read from YAML.
         source: file name for messages.
-        overridden: dotted keys that came from the command line, for messages.
+        origins: {dotted key: the overlay's file name, or `COMMAND_LINE`} of what does not come from `source`, in the
+            order in which it was applied; for messages.
 
     Raises:
         InputError: the first thing that is wrong, with its dotted key.
@@ -612,21 +669,18 @@ def check_config(
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(_first_error(error, source, overridden)) from None
+        raise InputError(_first_error(error, source, origins or {})) from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply") from None
 
 
-def _first_error(error: ValidationError, source: str, overridden: set[str] | frozenset[str]) -> str:
+def _first_error(error: ValidationError, source: str, origins: Mapping[str, str]) -> str:
     """One line for pydantic's first error; unknown keys come first, because a misspelt key causes others."""
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
     detail = details[0]
     holder, names = _locate(detail["loc"])
-    key = ".".join(names)
-    from_override = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
-    key = _cut(key)
-    place = f"override '{key}'" if from_override else f"{source}: {key}" if key else source
     kind = detail["type"]
+    place = _place(names, source, origins, missing=kind == "missing")
     if kind == "extra_forbidden":
         return f"{place}: unknown key; {nearest(names[-1], holder.model_fields)}"
     if kind == "missing":
@@ -641,6 +695,20 @@ def _first_error(error: ValidationError, source: str, overridden: set[str] | fro
         _wanted(other["type"], other["msg"]) for other in details if _locate(other["loc"])[1] == names
     )
     return f"{place}: must be {' or '.join(wanted)}, but it is {_shown(detail['input'])}"
+
+
+def _place(names: list[str], source: str, origins: Mapping[str, str], *, missing: bool) -> str:
+    """Where what is wrong was written: the file, or the command line, and the dotted key."""
+    key = ".".join(names)
+    for dotted, origin in reversed(list(origins.items())):
+        if key == dotted or key.startswith(f"{dotted}."):
+            return f"override '{_cut(key)}'" if origin == COMMAND_LINE else f"{origin}: {_cut(key)}"
+    # What is missing, or contradicts itself, may be so because of all the files that speak of its section.
+    section = ".".join(names[:-1] if missing else names)
+    within = f"{section}." if section else ""
+    files = [origin for dotted, origin in origins.items() if origin != COMMAND_LINE and dotted.startswith(within)]
+    place = " with ".join(dict.fromkeys([source, *files]))
+    return f"{place}: {_cut(key)}" if key else place
 
 
 def _wanted(kind: str, message: str) -> str:

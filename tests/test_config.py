@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mdnet_dist.config import (
+    COMMAND_LINE,
     RunConfig,
     Section,
     apply_override,
@@ -50,7 +51,7 @@ def refusal(*overrides: str, values: dict[str, Any] | None = None) -> str:
     with pytest.raises(InputError) as caught:
         for override in overrides:
             apply_override(values, override)
-        check_config(values, "file.yaml", {override.partition("=")[0] for override in overrides})
+        check_config(values, "file.yaml", {override.partition("=")[0]: COMMAND_LINE for override in overrides})
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -140,6 +141,78 @@ def test_a_mapping_is_merged_and_makes_the_mappings_above_it() -> None:
     assert (config.train.seed, config.train.epochs) == (3, 2)
     assert config.optimizer.image.schedule.kind == "step"
     assert config.optimizer.head.schedule.kind == "cosine"
+
+
+def test_mappings_are_merged_at_every_depth() -> None:
+    config = accepted("optimizer.image.lr=0.3", "optimizer={image: {schedule: {kind: step}}, head: {lr: 1}}")
+    assert (config.optimizer.image.lr, config.optimizer.head.lr) == (0.3, 1.0)
+    assert config.optimizer.image.schedule.kind == "step"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["blend.beta={kind: linear, start: 0.2}", "blend.beta={kind: constant}"], {"kind": "constant", "value": 0.5}),
+        (["blend.beta={kind: constant, value: 0.3}", "blend.beta.kind=linear"], {"kind": "linear", "start": 0.1}),
+        (["blend.beta={kind: linear, start: 0.2}", "blend.beta={kind: linear, end: 1}"], {"start": 0.2, "end": 1.0}),
+        (["blend.beta={kind: linear, start: 0.2}", "blend.beta={end: 1}"], {"start": 0.2, "end": 1.0}),
+    ],
+)
+def test_another_kind_replaces_the_one_below_whole(overrides: list[str], expected: dict[str, Any]) -> None:
+    assert expected.items() <= accepted(*overrides).blend.beta.model_dump().items()
+
+
+def test_a_tag_that_is_not_given_means_the_default() -> None:
+    config = accepted("model.image.stem_channels=16", "model.image={form: medical, concat_depth: 0}")
+    assert (config.model.image.stem_channels, config.model.image.concat_depth) == (16, 0)  # type: ignore[union-attr]
+    config = accepted("model.image.stem_channels=16", "model.image={form: cifar, concat_depth: 0}")
+    assert config.model.image.model_dump() == {"form": "cifar", "depth": 56, "widening": 12, "concat_depth": 0}
+    config = accepted("optimizer.image.nesterov=false", "optimizer={kind: adamw, image: {eps: 1}}")
+    assert (config.optimizer.kind, config.optimizer.image.eps) == ("adamw", 1.0)  # type: ignore[union-attr]
+
+
+def test_overlays_are_laid_over_in_the_order_given(smallest_file: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yml"
+    smallest_file.write_text("name: a\ndata: {shards: set}\nmodel: {image: {stem_channels: 16}, sharpening: none}\n")
+    one.write_text("name: b\ntrain: {epochs: 2, seed: 2}\nmodel: {image: {form: cifar}}\n")
+    other.write_text("train: {epochs: 4}\n")
+    config = load_config(smallest_file, ["train.epochs=1", "train.seed=1", str(one), "train.epochs=3", str(other)])
+    assert (config.name, config.data.shards, config.model.sharpening) == ("b", "set", "none")
+    assert (config.train.epochs, config.train.seed, config.model.image.form) == (4, 2, "cifar")
+    assert load_config(smallest_file, [str(other), "train.epochs=5"]).train.epochs == 5
+    assert smallest_file.read_text().startswith("name: a\n")
+
+
+@pytest.mark.parametrize(
+    ("overlay", "overrides", "message"),
+    [
+        ("train: {epocs: 3}", [], "over.yaml: train.epocs: unknown key; did you mean 'epochs'?"),
+        ("train: {epochs: x}", [], "over.yaml: train.epochs: must be a valid integer, but it is 'x'"),
+        ("train: {epochs: x}", ["train.epochs=y"], "override 'train.epochs': must be a valid integer, but it is 'y'"),
+        ("model: {image: {form: cifra}}", [], "over.yaml: model.image: form must be one of medical, cifar"),
+        ("train: null", [], "over.yaml: train: must be a mapping of keys to values, but it is None"),
+        (
+            "model: {image: {concat_depth: 7}}",
+            [],
+            "file.yaml with over.yaml: model.image: concat_depth 7 exceeds the 6 units",
+        ),
+        ("blend: {beta: {kind: piecewise}}", [], "file.yaml with over.yaml: blend.beta.knots: missing; [[fraction of"),
+        ("train: {seed: 1}", ["train.micro_batch=65"], "file.yaml with over.yaml: train.micro_batch 65 exceeds"),
+        ("train: {seed: 1}", ["data.fold=x"], "override 'data.fold': must be a valid integer, but it is 'x'"),
+        ("- 1", [], "over.yaml: must hold a mapping"),
+        ("a: [", [], "over.yaml: not valid YAML"),
+    ],
+)
+def test_errors_name_the_overlay(
+    overlay: str, overrides: list[str], message: str, smallest_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(smallest_file.parent)
+    Path("over.yaml").write_text(overlay)
+    with pytest.raises(InputError) as caught:
+        load_config("file.yaml", ["over.yaml", *overrides])
+    assert message in str(caught.value)
+    with pytest.raises(InputError, match=r"absent\.yaml: No such file"):
+        load_config("file.yaml", ["absent.yaml"])
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
@@ -372,6 +445,11 @@ def test_the_command_ends_with_code_2_and_one_line(smallest_file: Path) -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr == "train.py: override 'train.epoch': unknown key; did you mean 'epochs'?\n"
+    overlay = smallest_file.with_name("over.yaml")
+    overlay.write_text("train: {epoch: 3}\n")
+    ended = subprocess.run([*command[:3], str(overlay)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr == f"train.py: {overlay}: train.epoch: unknown key; did you mean 'epochs'?\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------- fuzz
