@@ -1,4 +1,4 @@
-"""Experiment tracking: the only file that knows MLflow. Rank 0 alone uses it.
+"""Experiment tracking: the only file that knows MLflow's runs. Rank 0 alone uses it.
 
     tracker = open_tracker(config.tracking, run_folder, config.name, flatten(config), run_tags(world_size, "cuda"))
     tracker.log_metrics({"train/loss_m": 0.7}, step=10)
@@ -120,8 +120,8 @@ def without_password(text: str) -> str:
 # -------------------------------------------------------------------------------------------------- speaking to MLflow
 
 
-def _quieten() -> None:
-    """Set MLflow's environment where the user has not: no telemetry, nothing on the console, no long waiting."""
+def quieten() -> None:
+    """Before MLflow is imported, set its environment where the user has not: no telemetry, no output, no long waits."""
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -130,6 +130,7 @@ def _quieten() -> None:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread retries; MLflow's own take four minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_UV_AUTO_DETECT": "false",  # else a model gets the files of whatever project one stands in
         "GIT_PYTHON_REFRESH": "quiet",
     }
     for name, value in quiet.items():
@@ -140,7 +141,7 @@ def _quieten() -> None:
 
 def _client(uri: str) -> Any:
     """An MlflowClient whose store has answered; raises whatever that kind of store raises."""
-    _quieten()
+    quieten()
     from mlflow.tracking import MlflowClient
 
     path = database_path(uri)
