@@ -58,6 +58,11 @@ def local_device() -> torch.device:
     return device
 
 
+def gpus_here() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place."""
     if world_size() > 1:

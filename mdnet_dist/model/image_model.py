@@ -9,10 +9,14 @@ Shapes: B images, C channels, h x w map positions.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import CifarImageModel, MedicalImageModel
+
+Padding = Literal["zeros", "reflect"]
 
 
 class Unit(nn.Module):
@@ -30,7 +34,7 @@ class Unit(nn.Module):
         *,
         concatenate: bool,
         project: bool,
-        padding: str = "zeros",
+        padding: Padding = "zeros",
     ) -> None:
         """Args: channels_out: of F; its bottleneck is a quarter of that."""
         super().__init__()
@@ -57,7 +61,7 @@ class Unit(nn.Module):
 
 
 def build_stage(
-    channels_in: int, channels: int, units: int, stride: int, concat_depth: int | str, padding: str = "zeros"
+    channels_in: int, channels: int, units: int, stride: int, concat_depth: int | str, padding: Padding = "zeros"
 ) -> tuple[nn.Sequential, int]:
     """One stage of units at the same resolution.
 
@@ -91,7 +95,7 @@ class ImageModel(nn.Module):
 
     def __init__(self, config: MedicalImageModel | CifarImageModel) -> None:
         super().__init__()
-        padding = "zeros"
+        padding: Padding = "zeros"
         if isinstance(config, CifarImageModel):
             units = [(config.depth - 2) // 9] * 3
             channels, strides = [16 * config.widening, 32 * config.widening, 64 * config.widening // 2], [1, 2, 2]
