@@ -387,7 +387,7 @@ class Trainer:
             write_config(self.folder, self.config)
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds; another Trainer may follow in this process."""
         self.engine.close()
 
 
