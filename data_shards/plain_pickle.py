@@ -71,11 +71,13 @@ class _Dtype:
     def numpy(self) -> np.dtype:
         if self.code not in ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8") or self.order not in ("<", ">", "|", "="):
             raise ValueError("not an array of integers")
-        return np.dtype(self.code).newbyteorder(self.order)
+        return np.dtype(f"{self.order}{self.code}")
 
 
 class _Latin1:
     """Stands for `_codecs.encode`, by which Python 3 writes bytes for Python 2."""
+
+    text: str
 
     def __new__(cls, text: Any, encoding: Any) -> Any:
         if encoding not in ("latin1", b"latin1", "latin-1") or not isinstance(text, str):
@@ -150,10 +152,10 @@ _OPCODES = (
 )  # fmt: skip
 
 
-class _PlainUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class _PlainUnpickler(pickle._Unpickler):
     """Python's reader with fewer opcodes, and with its own classes for the names in a file."""
 
-    dispatch: ClassVar[dict[int, Any]] = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}
 
     stack: list[Any]  # these four are Python's
     append: Callable[[Any], None]
