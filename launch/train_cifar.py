@@ -15,7 +15,9 @@ from mdnet_dist.errors import InputError, run_program
 def depth(text: str) -> Any:
     """A concat_depth: a number, or full."""
     if text != "full" and not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"'{text}' must be a number of units, or full")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' must be a number of units, or full; write key=value before --depths"
+        )
     return text if text == "full" else int(text)
 
 
