@@ -32,7 +32,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
 
     from mdnet_dist.console import say
-    from mdnet_dist.distributed import is_first
+    from mdnet_dist.distributed import is_first, leave
     from mdnet_dist.run import run_training, score_table
 
     say(as_yaml(config))
@@ -41,6 +41,7 @@ def main() -> None:
         print(f"\ntest scores (fractions; cider goes to 10)\n{score_table(result)}\n")
         print(f"run folder  {result.folder}  (pictures/ shows reports with their attention)")
         print(f"next        make ui    or    python -m data_shards show {Path(config.data.shards)}")
+    leave()
 
 
 if __name__ == "__main__":

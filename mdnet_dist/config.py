@@ -366,6 +366,25 @@ class AdamWConfig(Section):
     """theta_L."""
 
 
+class SgdConfig(Section):
+    """SGD for all three, as image classifiers are trained."""
+
+    kind: Literal["sgd"]
+    """Chooses this section."""
+    image: SgdGroup = SgdGroup()
+    """theta_D."""
+    head: SgdGroup = SgdGroup()
+    """theta_M."""
+    language: SgdGroup = SgdGroup()
+    """theta_L."""
+
+
+OptimizerConfig = Annotated[
+    Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")] | Annotated[SgdConfig, Tag("sgd")],
+    _chosen_by("kind", "sgd_adam"),
+]
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -440,11 +459,8 @@ class RunConfig(Section):
     """The network."""
     blend: BlendConfig = BlendConfig()
     """How the two losses share the image model."""
-    optimizer: Annotated[
-        Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")],
-        _chosen_by("kind", "sgd_adam"),
-    ] = SgdAdamConfig()
-    """How the weights move; `kind` chooses between sgd_adam and adamw."""
+    optimizer: OptimizerConfig = SgdAdamConfig()
+    """How the weights move; `kind` chooses between sgd_adam, adamw and sgd."""
     train: TrainConfig = TrainConfig()
     """How long, in which batches, with which arithmetic."""
     evaluate: EvaluateConfig = EvaluateConfig()

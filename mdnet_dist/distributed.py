@@ -115,7 +115,10 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the group of ranks, where there is one: a process that ends inside it makes torch complain."""
+    """Leave the group of ranks, where there is one: the last thing a program does, after any number of runs.
+
+    A process that ends inside it makes torch complain, and no engine can be made in this process afterwards.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -257,10 +257,14 @@ class Engine:
         self.optimizer.set_updates(updates)
 
     def close(self) -> None:
-        """Free the engine's communication buffers and leave the group of ranks."""
+        """Free the engine's hooks and buffers. The group of ranks stays, for the next engine of this process.
+
+        DeepSpeed keeps handles of its groups in module variables (`deepspeed.utils.groups`), which outlive the group if
+        torch ends it and make the next engine fail. A group ended and made again on the same port would also be a race:
+        a fast rank could join the store of the group that a slow one has yet to leave. Programs end with
+        `mdnet_dist.distributed.leave`.
+        """
         self._engine.destroy()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         names = self.network.state_dict().keys()

@@ -343,6 +343,44 @@ def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
     _write(figure, path)
 
 
+def draw_sweep(
+    names: Sequence[str],
+    errors: Sequence[float],
+    parameters: Sequence[int],
+    flops: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Top-1 error against what a network costs: its parameters, and the FLOPs of one image.
+
+    Args:
+        names: concat_depth of each network.
+        errors: fractions.
+        path: of the picture.
+    """
+    figure = _new_figure(9.6, 4.4, layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    costs = (
+        ("parameters, millions", [n / 1e6 for n in parameters]),
+        ("GFLOP an image, forward", [n / 1e9 for n in flops]),
+    )
+    for axes, (label, values) in zip(panels, costs):
+        for number, (name, value, error) in enumerate(zip(names, values, errors)):
+            colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
+            axes.plot(value, 100 * error, marker, color=colour, markersize=9, label=_name(name))
+            axes.annotate(_name(name), (value, 100 * error), xytext=(8, 6), textcoords="offset points", size=9)
+        axes.set_xlabel(label)
+        axes.margins(0.18)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1 error, %")
+    panels[1].legend(title="concat_depth", fontsize=8, frameon=False)
+    figure.suptitle(_name(title, 80), size=11)
+    _write(figure, path)
+
+
 def draw_training_curves(metrics_jsonl: Path, path: Path) -> None:
     """Losses, scores, beta, eta, gradient norms and learning rates against the step: a panel each where there are any.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mdnet_dist.config import RunConfig, flatten
 from mdnet_dist.console import say, table
+from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
 from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of, score
@@ -104,12 +105,13 @@ def _start_tracking(trainer: Trainer, resume: bool, parent_run_id: str | None) -
 
 def _opening(trainer: Trainer) -> str:
     data, config = trainer.data, trainer.config
-    weights = sum(weight.numel() for weight in trainer.network.parameters())
+    cost = cost_of(data.card.build, config.data.image_size)
     lines = [
         f"run       {trainer.folder}",
         f"data      {data.manifest.name}: {data.samples} images to train on, {len(data.card.topics)} topics, "
         f"{len(data.card.classes)} classes, {len(data.card.words)} words",
-        f"network   {weights:,} weights, concat_depth {config.model.image.concat_depth}",
+        f"network   {cost.weights:,} weights, {as_flops(cost.flops)} an image, "
+        f"concat_depth {config.model.image.concat_depth}",
         f"training  {trainer.steps} steps of {config.train.global_batch} images on {world_size()} "
         f"{trainer.device.type.upper()} rank{'s' if world_size() > 1 else ''}, ZeRO {config.train.zero_stage}, "
         f"{config.train.precision}",

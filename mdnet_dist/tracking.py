@@ -643,6 +643,28 @@ def open_tracker(
     return tracker
 
 
+def open_parent(
+    config: TrackingConfig,
+    folder: Path,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    resume: bool = False,
+) -> Tracker:
+    """Start, or continue, a run under which others are shown: they are opened with its `run_id` as `parent_run_id`.
+
+    Args:
+        folder: of its local record, as a run's folder; its name is the run's.
+        parameters: what the runs below share.
+        resume: continue the run that the folder names, where there is one, with all its points.
+
+    Raises:
+        InputError: as `open_tracker`.
+    """
+    everything = sys.maxsize if resume else None
+    return open_tracker(config, folder, folder.name, parameters, tags, resume=resume, resume_step=everything)
+
+
 def reopen_tracker(run_folder: Path) -> Tracker | None:
     """Append to the MLflow run of a folder whose training has ended, on the store that it was logged to.
 
