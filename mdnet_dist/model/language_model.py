@@ -8,6 +8,9 @@ What the attention sees of the past is h_{t-1} alone, and z_t does not enter the
 are given, the LSTM runs over whole sentences first and the attention is then computed for all of them at once: nothing
 but the LSTM is a loop over words.
 
+Without attention (`attention: 0`) there are no z_t and none of W_c, W_h, u, w, W_2: the image enters through the start
+alone, as in NeuralTalk (Karpathy and Fei-Fei, CVPR 2015), and all attention weights are 1/P.
+
 Only real words cost anything: missing sentences are left out, the LSTM runs over packed sentences, and the words of an
 image are drawn together, whichever sentence they belong to, before the attention.
 
@@ -131,12 +134,15 @@ class LanguageModel(nn.Module):
         self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
         self.start_projection = nn.Linear(channels, config.embedding)  # W_v
         self.lstm = _LSTM(config.embedding, config.hidden, batch_first=True)
-        self.key = nn.Linear(channels, config.attention)  # W_c
-        self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
-        self.sharpening = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1)) if sharpen else None  # u
-        self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
+        self.attends = config.attention > 0
+        if self.attends:
+            self.key = nn.Linear(channels, config.attention)  # W_c
+            self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
+            self.sharpening = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1)) if sharpen else None  # u
+            self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
         self.from_hidden = nn.Linear(config.hidden, config.embedding)  # W_1
-        self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
+        if self.attends:
+            self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
         self.output = nn.Linear(config.embedding, words)  # W_o
         self.dropout = nn.Dropout(config.dropout)
 
@@ -148,6 +154,8 @@ class LanguageModel(nn.Module):
             sharpening_map: A(p), (B, P); None for attention without it.
         """
         positions = features.flatten(2).transpose(1, 2)
+        if not self.attends:
+            return View(positions, positions[..., :0], features.mean((2, 3)))
         keys = self.key(positions)
         if self.sharpening is not None and sharpening_map is not None:
             keys = keys + sharpening_map[..., None].to(keys.dtype) * self.sharpening.to(keys.dtype)
@@ -165,8 +173,12 @@ class LanguageModel(nn.Module):
             states: h_{t-1} of S words of each image, (B, S, H).
 
         Returns:
-            contexts z (B, S, C) and attention weights a (B, S, P), each row of which sums to 1.
+            contexts z (B, S, C) and attention weights a (B, S, P), each row of which sums to 1. Without attention no
+            context, (B, S, 0), and 1/P everywhere.
         """
+        if not self.attends:
+            positions = view.features.shape[1]
+            return states[..., :0], states.new_full((*states.shape[:2], positions), 1 / positions, dtype=torch.float)
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
@@ -175,7 +187,10 @@ class LanguageModel(nn.Module):
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
         """h_t (..., H) and z_t (..., C) -> logits of the words (..., V)."""
-        return self.output(self.dropout(torch.tanh(self.from_hidden(states) + self.from_context(contexts))))
+        hidden = self.from_hidden(states)
+        if self.attends:
+            hidden = hidden + self.from_context(contexts)
+        return self.output(self.dropout(torch.tanh(hidden)))
 
     def forward(self, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor, lengths: Tensor) -> Told:
         """Teacher-forced prediction of given sentences.
