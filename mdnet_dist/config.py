@@ -61,6 +61,9 @@ class DataConfig(Section):
     central square (crop: loses the border), or unequal scaling (stretch: changes shapes)."""
     reports_per_image: Positive = 1
     """R: reports drawn for each image at each step, without repetition; an image with fewer gives all it has."""
+    sentences: Literal["topics", "report"] = "topics"
+    """topics: the network says a sentence on each topic. report: it says one sentence for the whole report, the topics'
+    sentences joined in the set's order with the conclusion last; the conclusion is then read off its end."""
     max_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 40
     """Longest sentence in tokens, its end token included; longer ones are cut in training and counted at the start."""
     min_word_count: Positive = 1
@@ -143,6 +146,24 @@ class CifarImageModel(Section):
         return self
 
 
+class GoogLeNetImageModel(Section):
+    """D of the NeuralTalk2 baseline: GoogLeNet with batch normalisation (`mdnet_dist/model/googlenet.py`)."""
+
+    form: Literal["googlenet"] = "googlenet"
+    """Chooses this section."""
+    width: Annotated[float, Field(gt=0.0, le=8.0)] = 1.0
+    """Multiplies all channels, rounded to multiples of 4; 1 is the published network."""
+    pretrained: str | None = None
+    """File of weights that a new run starts from, as torchvision publishes them for its googlenet: .pth or
+    .safetensors, nothing of which is executed. Its classifiers (fc, aux1, aux2) are ignored. Null: from scratch."""
+
+    @model_validator(mode="after")
+    def _pretrained_fits(self) -> GoogLeNetImageModel:
+        if self.pretrained is not None and self.width != 1.0:
+            raise ValueError(f"width {self.width} contradicts pretrained {self.pretrained}; such weights have width 1")
+        return self
+
+
 def _check_concat_depth(concat_depth: int | str, most_units: int) -> None:
     if isinstance(concat_depth, int) and concat_depth > most_units:
         raise ValueError(f"concat_depth {concat_depth} exceeds the {most_units} units of the longest stage; write full")
@@ -155,8 +176,9 @@ class LanguageModelConfig(Section):
     """Size of word and topic embeddings."""
     hidden: Positive = 512
     """H: units of the LSTM."""
-    attention: Positive = 256
-    """Size of the space in which a map position meets the LSTM's state."""
+    attention: Count = 256
+    """Size of the space in which a map position meets the LSTM's state. 0: no attention; the image then enters through
+    the LSTM's first input alone, as in NeuralTalk."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
     """Share of word-embedding and output features dropped in training."""
 
@@ -165,10 +187,12 @@ class ModelConfig(Section):
     """The network."""
 
     image: Annotated[
-        Annotated[MedicalImageModel, Tag("medical")] | Annotated[CifarImageModel, Tag("cifar")],
+        Annotated[MedicalImageModel, Tag("medical")]
+        | Annotated[CifarImageModel, Tag("cifar")]
+        | Annotated[GoogLeNetImageModel, Tag("googlenet")],
         _chosen_by("form", "medical"),
     ] = MedicalImageModel()
-    """D; `form` chooses between medical and cifar."""
+    """D; `form` chooses among medical, cifar and googlenet."""
     language: LanguageModelConfig = LanguageModelConfig()
     """L."""
     sharpening: Literal["cam", "none"] = "cam"
@@ -176,6 +200,15 @@ class ModelConfig(Section):
     sharpness: NotNegative = 2.0
     """cam: what a position's score in the attention gains where the class map lies one standard deviation above its
     mean; 0 is as none."""
+
+    @model_validator(mode="after")
+    def _something_to_sharpen(self) -> ModelConfig:
+        if not self.language.attention and self.sharpening != "none":
+            raise ValueError(
+                f"sharpening {self.sharpening} contradicts language.attention 0: there is nothing to sharpen; "
+                "set sharpening none"
+            )
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------------- blend

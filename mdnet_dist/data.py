@@ -26,7 +26,8 @@ from mdnet_dist.errors import InputError
 from mdnet_dist.images import decode_image, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
-from mdnet_dist.shards import SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
+from mdnet_dist.sentences import as_one_sentence
+from mdnet_dist.shards import Report, SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
 from mdnet_dist.signals import ignore_in_worker
 from mdnet_dist.vocabulary import PAD, Vocabulary, tokenize
 
@@ -192,6 +193,7 @@ class Encoder:
     def __init__(
         self, config: DataConfig, topics: Sequence[str], classes: Sequence[str], vocabulary: Vocabulary
     ) -> None:
+        """Args: topics: of people's reports, in the order in which the network says them."""
         self.config = config
         self.topics = list(topics)
         self.class_numbers = {name: number for number, name in enumerate(classes)}
@@ -204,6 +206,13 @@ class Encoder:
     def sentence(self, text: str) -> list[int]:
         """Numbers of a sentence's tokens, END behind them; cut to the configured length."""
         return self.vocabulary.encode(tokenize(text))[: self.config.max_tokens]
+
+    def sentences(self, report: Report) -> list[list[int]]:
+        """Each sentence that the network says of a report, by topic or all in one; empty where the report has none."""
+        if self.config.sentences == "report" and self.topics:
+            said = as_one_sentence(report, self.topics)
+            return [self.sentence(said) if said else []]
+        return [self.sentence(report[topic]) if topic in report else [] for topic in self.topics]
 
     def label(self, record: SampleRecord, where: str) -> int:
         """The class number of a sample.
@@ -219,8 +228,8 @@ class Encoder:
 
     def collate(self, samples: Sequence[RawSample], images: Sequence[np.ndarray], reports: Sequence[list]) -> Batch:
         """Put examples together. Args: reports: of each image, the chosen {topic: sentence}."""
-        encoded = [[[self.sentence(r[k]) if k in r else [] for k in self.topics] for r in chosen] for chosen in reports]
-        B, R, K = len(samples), max(1, max(map(len, encoded))), len(self.topics)
+        encoded = [[self.sentences(report) for report in chosen] for chosen in reports]
+        B, R, K = len(samples), max(1, max(map(len, encoded))), len(self.sentences({}))
         T = max([1, *(len(sentence) for chosen in encoded for report in chosen for sentence in report)])
         tokens = np.full((B, R, K, T), PAD, dtype=np.int64)
         lengths = np.zeros((B, R, K), dtype=np.int64)

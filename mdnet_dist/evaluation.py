@@ -51,12 +51,13 @@ class Prediction:
     predicted_label: str | None
     probabilities: dict[str, float]  # of M, by class, at the card's temperature
     report: Report
-    references: list[Report]
+    references: list[Report]  # by people, in the topics of `report`
     dca_correct: bool | None  # whether the generated conclusion names the label's class; None without either
     loss_m: float | None  # negative log-likelihood of the label
     loss_l: float  # of all tokens of the references, summed
     tokens: int  # that loss_l is the sum of
     logits: list[float]  # of M, in the order of the classes, before any temperature
+    reports: list[Report] = field(default_factory=list)  # by people, in their own topics
     grades: dict[str, str] = field(default_factory=dict)  # true grades, where the set knows them
     localization: dict[str, Localization] = field(default_factory=dict)  # by map, where the image has a mask
 
@@ -70,10 +71,14 @@ class Prediction:
             references=self.references,
         )
 
+    def told(self) -> ScoredImage:
+        """The image with people's reports in their own topics, for what people and the oracle score."""
+        return replace(self.scored(), references=self.reports)
+
     def as_line(self) -> dict[str, Any]:
         """The JSON object of predictions.jsonl."""
         fields = asdict(self)
-        for name in ("loss_m", "loss_l", "tokens", "logits", "grades", "localization"):
+        for name in ("loss_m", "loss_l", "tokens", "logits", "reports", "grades", "localization"):
             del fields[name]
         return fields
 
@@ -179,12 +184,13 @@ def _predict(
             predicted_label=predicted_class(card, answers.logits[i]),
             probabilities=_by_class(card, answers.probabilities[i].tolist()),
             report={topic: " ".join(words) for topic, words in answers.words[i].items()},
-            references=record.reports,
+            references=[card.reference(report) for report in record.reports],
             dca_correct=None,
             loss_m=float(losses_m[i]) if labelled else None,
             loss_l=float(losses_l[i]),
             tokens=int(batch.lengths[i].sum()),
             logits=answers.logits[i].tolist() if card.classes else [],
+            reports=record.reports,
             grades=record.grades,
             localization=_localization(network, card, answers, i, batch.masks[i], key),
         )

@@ -82,6 +82,8 @@ def page(shown: Explanation, intended_use: str, picture: str | None = None) -> s
     if shown.mask is not None:
         body.append('<label><input type="checkbox" id="annotated" checked> Outline of the annotation</label>')
     body.append('</section><section class="report"><h2>Report</h2>')
+    if not answer.attends:
+        body.append("<p>This network has no attention: it says every word from the whole image alike.</p>")
     for topic, said in answer.words.items():
         body.append(_topic(shown, topic, said, words.get(topic), word_high, sentence_high))
     if not answer.words:

@@ -183,7 +183,7 @@ def explain_samples(
 ) -> Iterator[Explanation]:
     """Explain samples of a shard set, with their labels, references and masks."""
     config = DataConfig.model_validate({**card.data, "shards": ""})
-    encoder = Encoder(config, card.topics, card.classes, card.vocabulary)
+    encoder = Encoder(config, card.topics_read, card.classes, card.vocabulary)
     remaining = iter(samples)
     while batch := list(islice(remaining, BATCH)):
         squares = [encoder.image(sample.image, sample.where) for sample in batch]
@@ -195,6 +195,6 @@ def explain_samples(
                 image=square,
                 answer=answer,
                 label=sample.record.label,
-                references=sample.record.reports,
+                references=[card.reference(report) for report in sample.record.reports],
                 mask=fit_mask_to_square(mask, config.image_size, config.fit) if mask is not None else None,
             )

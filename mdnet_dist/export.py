@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from mdnet_dist.config import DataConfig, ModelConfig, RunConfig, first_problem
 from mdnet_dist.errors import InputError
 from mdnet_dist.model.mdnet import MDNet
-from mdnet_dist.shards import write_atomically
+from mdnet_dist.sentences import join_topics, joined_topics, joining_order
+from mdnet_dist.shards import Report, write_atomically
 from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
 
 FORMAT_VERSION = 2
@@ -38,12 +39,13 @@ class ModelCard:
 
     model: dict[str, Any]  # `ModelConfig`
     data: dict[str, Any]  # `DataConfig`: how images are prepared
-    topics: list[str]
+    topics: list[str]  # of a report as it is written and scored
     classes: list[str]
     words: list[str]  # without the special ones
     conclusions: dict[str, dict[str, int]]  # {class: {conclusion sentence: times in training}}
     image_mean: Channels  # of the training part, per channel, pixels scaled to 0..1
     image_std: Channels
+    joined: list[str] = field(default_factory=list)  # where a report is one sentence: people's topics, in its order
     temperature: Annotated[float, Field(gt=0)] = 1.0  # logits of M are divided by it before they become probabilities
     intended_use: str = "research only, not diagnosis"
     format: int = FORMAT_VERSION
@@ -53,10 +55,21 @@ class ModelCard:
         """Words by number, the special ones first."""
         return Vocabulary(self.words)
 
+    @property
+    def topics_read(self) -> list[str]:
+        """The topics of people's reports that the network learns to say."""
+        return self.joined or self.topics
+
+    def reference(self, report: Report) -> Report:
+        """A report by people in the topics of this card, to be compared with one that the network says."""
+        return join_topics(report, self.joined) if self.joined else report
+
     def build(self) -> MDNet:
         """A network of the right shape, with fresh weights."""
         config = ModelConfig.model_validate(self.model)
-        return MDNet(config, len(self.topics), len(self.classes), len(self.words) + len(SPECIAL_WORDS))
+        return MDNet(
+            config, 1 if self.joined else len(self.topics), len(self.classes), len(self.words) + len(SPECIAL_WORDS)
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> float, zero mean and unit deviation over the training part."""
@@ -76,11 +89,16 @@ def make_card(
     image_mean: list[float],
     image_std: list[float],
 ) -> ModelCard:
-    """The card of a run's network."""
+    """The card of a run's network. Args: topics: of the shard set."""
+    model = config.model.model_dump(mode="json")
+    if model["image"].get("pretrained"):  # where the file lay is nobody's business, its name may be
+        model["image"]["pretrained"] = Path(model["image"]["pretrained"]).name
+    together = config.data.sentences == "report"
     return ModelCard(
-        model=config.model.model_dump(mode="json"),
+        model=model,
         data=config.data.model_dump(mode="json", exclude={"shards"}),  # where the data lay is nobody's business
-        topics=topics,
+        topics=joined_topics(topics) if together else topics,
+        joined=joining_order(topics) if together else [],
         classes=classes,
         words=list(vocabulary.words[len(SPECIAL_WORDS) :]),
         conclusions=conclusions,

@@ -24,7 +24,8 @@ from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
 from mdnet_dist.images import fit_to_square
 from mdnet_dist.model.mdnet import MDNet
-from mdnet_dist.shards import Report
+from mdnet_dist.sentences import conclusion_start
+from mdnet_dist.shards import CONCLUSION, Report
 
 READERS = 4  # threads that decode image files ahead
 Source = TypeVar("Source")
@@ -53,6 +54,7 @@ class Answer:
     words: dict[str, list[str]]  # by topic
     attention: dict[str, np.ndarray]  # by topic: (words, h, w), each map sums to 1
     class_maps: dict[str, np.ndarray]  # by class: (h, w), in logits
+    attends: bool = True  # False: the network has no attention, and its maps are the same everywhere
 
     @property
     def report(self) -> Report:
@@ -87,10 +89,10 @@ def answers_of(network: MDNet, card: ModelCard, images: Tensor, beam_width: int 
     if model is not None:
         said = decode(model, model.look(seen.features, seen.sharpening_map), int(card.data["max_tokens"]), beam_width)
         vocabulary, attention = card.vocabulary, said.attention
-        words = [
-            {topic: vocabulary.decode(sentence) for topic, sentence in zip(card.topics, sentences)}
-            for sentences in said.tokens.tolist()
-        ]
+        sentences = [[vocabulary.decode(tokens) for tokens in image] for image in said.tokens.tolist()]
+        if card.joined and CONCLUSION in card.topics[1:]:
+            sentences, attention = _read_off_conclusions(card, [said for (said,) in sentences], attention)
+        words = [dict(zip(card.topics, image)) for image in sentences]
     return Answers(
         features=seen.features,
         sharpening_map=seen.sharpening_map,
@@ -101,12 +103,36 @@ def answers_of(network: MDNet, card: ModelCard, images: Tensor, beam_width: int 
     )
 
 
+def _read_off_conclusions(
+    card: ModelCard, reports: list[list[str]], attention: Tensor
+) -> tuple[list[list[list[str]]], Tensor]:
+    """Split reports of one sentence into what comes before the conclusion, and the conclusion.
+
+    Args:
+        reports: the words of each image's.
+        attention: (B, 1, T, P).
+
+    Returns:
+        the words of both parts of each report, and their attention, (B, 2, T, P).
+    """
+    conclusions = {sentence for sentences in card.conclusions.values() for sentence in sentences}
+    parts = []
+    split = attention.new_zeros(len(reports), 2, *attention.shape[2:])
+    for i, words in enumerate(reports):
+        start = conclusion_start(words, conclusions)
+        parts.append([words[:start], words[start:]])
+        split[i, 0, :start] = attention[i, 0, :start]
+        split[i, 1, : len(words) - start] = attention[i, 0, start : len(words)]
+    return parts, split
+
+
 @torch.no_grad()
 def split_answers(network: MDNet, card: ModelCard, answers: Answers, images: range) -> list[Answer]:
     """Some images' answers, with all their maps. Args: images: their places in the batch."""
     if not len(images):
         return []
     h, w = answers.features.shape[2:]
+    attends = network.language_model is None or network.language_model.attends
     chosen = answers.features[images.start : images.stop]
     maps = network.class_maps.maps(chosen).unflatten(2, (h, w)).float().cpu().numpy()
     split = []
@@ -121,6 +147,7 @@ def split_answers(network: MDNet, card: ModelCard, answers: Answers, images: ran
                     for k, (topic, words) in enumerate(answers.words[i].items())
                 },
                 class_maps=dict(zip(card.classes, maps[number])),
+                attends=attends,
             )
         )
     return split

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdnet_dist.config import RunConfig, flatten
+from mdnet_dist.config import GoogLeNetImageModel, RunConfig, flatten
 from mdnet_dist.console import say, table
 from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
@@ -110,19 +110,25 @@ def _opening(trainer: Trainer) -> str:
         f"run       {trainer.folder}",
         f"data      {data.manifest.name}: {data.samples} images to train on, {len(data.card.topics)} topics, "
         f"{len(data.card.classes)} classes, {len(data.card.words)} words",
-        f"network   {cost.weights:,} weights, {as_flops(cost.flops)} an image, "
-        f"concat_depth {config.model.image.concat_depth}",
+        f"network   {cost.weights:,} weights, {as_flops(cost.flops)} an image, {_image_model(config)}",
         f"training  {trainer.steps} steps of {config.train.global_batch} images on {world_size()} "
         f"{trainer.device.type.upper()} rank{'s' if world_size() > 1 else ''}, ZeRO {config.train.zero_stage}, "
         f"{config.train.precision}",
     ]
     if left_over := data.samples % config.train.global_batch:
         lines.append(f"          {left_over} of the images sit out each epoch, others the next")
-    if data.cut_sentences:
+    if data.cuts_sentences():
         lines.append(f"          sentences longer than data.max_tokens {config.data.max_tokens} are cut")
     if not data.validation:
         lines.append("          no validation part: the last weights count as the best")
     return "\n".join(lines)
+
+
+def _image_model(config: RunConfig) -> str:
+    image = config.model.image
+    if not isinstance(image, GoogLeNetImageModel):
+        return f"concat_depth {image.concat_depth}"
+    return f"GoogLeNet of width {image.width:g}, from {image.pretrained or 'scratch'}"
 
 
 def _log_results(trainer: Trainer, result: Result, tracker: Tracker | None) -> None:
@@ -214,8 +220,8 @@ def score_table(result: Result) -> str:
 def yardstick_people(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
     """What people score: each image's first report against its others."""
     card = data.card
-    images = [prediction.scored() for prediction in predictions]
-    return people_score(images, card.topics, card.conclusions, card.classes, nltk_data)
+    images = [prediction.told() for prediction in predictions]
+    return people_score(images, card.topics_read, card.conclusions, card.classes, nltk_data)
 
 
 def yardstick_oracle(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:
@@ -227,5 +233,5 @@ def yardstick_oracle(predictions: list[Prediction], data: RunData, nltk_data: Pa
     wordings = count_wordings((record.grades, record.reports) for record in data.training_records())
     if not wordings:  # a set to evaluate on, without a part to train on
         return None
-    told = oracle_reports([prediction.scored() for prediction in predictions], grades, wordings)
-    return score_reports(told, card.topics, card.conclusions, card.classes, nltk_data)
+    told = oracle_reports([prediction.told() for prediction in predictions], grades, wordings)
+    return score_reports(told, card.topics_read, card.conclusions, card.classes, nltk_data)

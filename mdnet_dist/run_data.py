@@ -11,12 +11,13 @@ import numpy as np
 
 from mdnet_dist.config import DataConfig, RunConfig
 from mdnet_dist.data import Encoder, EvaluationStream, Loader, TrainingStream, check_shards, parts_of, read_shard
-from mdnet_dist.distributed import raise_together, rank, world_size
+from mdnet_dist.distributed import on_first, raise_together, rank, world_size
 from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
+from mdnet_dist.sentences import as_one_sentence
 from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest
-from mdnet_dist.vocabulary import Vocabulary
+from mdnet_dist.vocabulary import Vocabulary, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,6 @@ class RunData:
     encoder: Encoder
     samples: int  # in training
     steps_per_epoch: int
-    cut_sentences: bool  # whether some sentence of training is longer than the configured length
 
     def training_batches(self, config: RunConfig, first_step: int, steps: int, pin_memory: bool) -> Loader:
         """This rank's micro-batches from a step on."""
@@ -63,6 +63,15 @@ class RunData:
         for shard in self.manifest.shards_of(self.train):
             yield from (sample.record for sample in read_shard(folder, shard))
 
+    def cuts_sentences(self) -> bool:
+        """Whether some sentence of training is longer than the configured length. Collective."""
+        longest, joined = self.encoder.config.max_tokens - 1, self.card.joined
+        if not joined:
+            return any(self.manifest.parts[part].longest_sentence > longest for part in self.train)
+        # The manifest knows no length of whole reports.
+        reports = (report for record in self.training_records() for report in record.reports)
+        return on_first(lambda: any(len(tokenize(as_one_sentence(report, joined))) > longest for report in reports))
+
 
 def open_data(config: RunConfig) -> RunData:
     """Read the manifest, check this rank's share of the shards, and derive vocabulary and image statistics.
@@ -93,10 +102,9 @@ def open_data(config: RunConfig) -> RunData:
         validation=validation,
         test=test,
         card=card,
-        encoder=Encoder(config.data, manifest.topics, manifest.classes, vocabulary),
+        encoder=Encoder(config.data, card.topics_read, manifest.classes, vocabulary),
         samples=samples,
         steps_per_epoch=steps,
-        cut_sentences=any(part.longest_sentence + 1 > config.data.max_tokens for part in statistics),
     )
 
 
@@ -135,10 +143,9 @@ def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, l
         validation=validation,
         test=test,
         card=card,
-        encoder=Encoder(data, card.topics, card.classes, card.vocabulary),
+        encoder=Encoder(data, card.topics_read, card.classes, card.vocabulary),
         samples=sum(part.samples for part in statistics),
         steps_per_epoch=0,
-        cut_sentences=any(part.longest_sentence + 1 > data.max_tokens for part in statistics),
     ), parts
 
 

@@ -45,6 +45,7 @@ from mdnet_dist.evaluation import Evaluation, evaluate, main_score, recalibrated
 from mdnet_dist.export import export_model, load_card
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.plan import accumulation_steps
+from mdnet_dist.pretrained import pretrained_weights
 from mdnet_dist.run_data import RunData, open_data
 from mdnet_dist.run_folder import existing_run_folder, new_run_folder, write_config, write_scores
 from mdnet_dist.schedules import EtaBalance, beta_at
@@ -90,7 +91,12 @@ class Trainer:
         self.device = start_processes()
         self.data: RunData = open_data(config)
         self.steps = config.train.epochs * self.data.steps_per_epoch
+        pretrained = None if resume else self._pretrained()
         self.folder = on_first(lambda: existing_run_folder(config) if resume else new_run_folder(config))
+        found = from_first(checkpoints(self.folder)) if resume else []
+        if resume and not found:
+            say(f"{self.folder}: no checkpoint yet; starting at step 0")
+            pretrained = self._pretrained()
         self.nltk_data = Path(config.runs_folder) / "nltk_data"
         self.step, self.updates, self.bad_steps = 0, 0, 0
         self.best_score: float | None = None
@@ -99,10 +105,23 @@ class Trainer:
         # The same weights on every rank, whatever was drawn before.
         torch.manual_seed(config.train.seed)
         self.network: MDNet = self.data.card.build()
+        if pretrained:
+            self.network.image_model.load_state_dict(pretrained)
         self.engine = Engine(self.network, config, self.device)
         self.network = self.engine.network
-        if resume:
-            self._resume()
+        if found:
+            self._resume(found[-1])
+
+    def _pretrained(self) -> dict[str, torch.Tensor] | None:
+        """Published weights to start from, where the configuration names some. Collective."""
+        weights: dict[str, torch.Tensor] | None = None
+        problem: InputError | None = None
+        try:
+            weights = pretrained_weights(self.config.model)
+        except InputError as error:
+            problem = error
+        raise_together(problem)
+        return weights
 
     # -------------------------------------------------------------------------------------------------------- steps
 
@@ -324,19 +343,15 @@ class Trainer:
 
         return on_first(write)
 
-    def _resume(self) -> None:
-        found = from_first(checkpoints(self.folder))
-        if not found:
-            say(f"{self.folder}: no checkpoint yet; starting at step 0")
-            return
-        progress, weights, optimizer_state = load_checkpoint(found[-1])
+    def _resume(self, checkpoint: Path) -> None:
+        progress, weights, optimizer_state = load_checkpoint(checkpoint)
         try:
             self.engine.load_weights(weights)
             self.engine.load_optimizer_state(optimizer_state, progress.updates)
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{found[-1]}: does not fit the configured network, vocabulary or optimiser ({reason}); "
+                f"{checkpoint}: does not fit the configured network, vocabulary or optimiser ({reason}); "
                 "resume with the configuration it was trained with, or start a new run under another name"
             ) from error
         self.step, self.updates, self.bad_steps = progress.step, progress.updates, progress.bad_steps

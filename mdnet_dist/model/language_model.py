@@ -11,6 +11,9 @@ What the attention sees of the past is h_{t-1} alone, and z_t does not enter the
 are given, the LSTM runs over whole sentences first and the attention is then computed for all of them at once: nothing
 but the LSTM is a loop over words.
 
+Without attention (`attention: 0`) there are no z_t and none of W_c, W_h, u, w, W_2: the image enters through the start
+alone, as in NeuralTalk (Karpathy and Fei-Fei, CVPR 2015), and all attention weights are 1/P.
+
 Only real words cost anything: missing sentences are left out, the LSTM runs over packed sentences, and the words of an
 image are drawn together, whichever sentence they belong to, before the attention.
 
@@ -135,11 +138,14 @@ class LanguageModel(nn.Module):
         self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
         self.start_projection = nn.Linear(channels, config.embedding)  # W_v
         self.lstm = _LSTM(config.embedding, config.hidden, batch_first=True)
-        self.key = nn.Linear(channels, config.attention)  # W_c
-        self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
-        self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
+        self.attends = config.attention > 0
+        if self.attends:
+            self.key = nn.Linear(channels, config.attention)  # W_c
+            self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
+            self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
         self.from_hidden = nn.Linear(config.hidden, config.embedding)  # W_1
-        self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
+        if self.attends:
+            self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
         self.output = nn.Linear(config.embedding, words)  # W_o
         self.dropout = nn.Dropout(config.dropout)
         self.sharpness = sharpness  # gamma
@@ -152,11 +158,11 @@ class LanguageModel(nn.Module):
             sharpening_map: A(p), (B, P); None for attention without it.
         """
         positions = features.flatten(2).transpose(1, 2)
-        if sharpening_map is None:
-            prior = positions.new_zeros(positions.shape[:2], dtype=torch.float32)
-        else:
+        prior = positions.new_zeros(positions.shape[:2], dtype=torch.float32)
+        if sharpening_map is not None:
             prior = self.sharpness * sharpening_map.float()
-        return View(positions, self.key(positions), prior, features.mean((2, 3)))
+        keys = self.key(positions) if self.attends else positions[..., :0]
+        return View(positions, keys, prior, features.mean((2, 3)))
 
     def starts(self, view: View) -> Tensor:
         """The LSTM's first input for every image and topic: (B, K, E)."""
@@ -170,8 +176,12 @@ class LanguageModel(nn.Module):
             states: h_{t-1} of S words of each image, (B, S, H).
 
         Returns:
-            contexts z (B, S, C) and attention weights a (B, S, P), each row of which sums to 1.
+            contexts z (B, S, C) and attention weights a (B, S, P), each row of which sums to 1. Without attention no
+            context, (B, S, 0), and 1/P everywhere.
         """
+        if not self.attends:
+            positions = view.features.shape[1]
+            return states[..., :0], states.new_full((*states.shape[:2], positions), 1 / positions, dtype=torch.float)
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
@@ -180,7 +190,10 @@ class LanguageModel(nn.Module):
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
         """h_t (..., H) and z_t (..., C) -> logits of the words (..., V)."""
-        return self.output(self.dropout(torch.tanh(self.from_hidden(states) + self.from_context(contexts))))
+        hidden = self.from_hidden(states)
+        if self.attends:
+            hidden = hidden + self.from_context(contexts)
+        return self.output(self.dropout(torch.tanh(hidden)))
 
     def forward(self, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor, lengths: Tensor) -> Told:
         """Teacher-forced prediction of given sentences.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdnet_dist.config import ModelConfig
+from mdnet_dist.config import GoogLeNetImageModel, ModelConfig
 from mdnet_dist.model.blend import GradientBlend
 from mdnet_dist.model.class_maps import ClassMaps
+from mdnet_dist.model.googlenet import GoogLeNet
 from mdnet_dist.model.image_model import ImageModel
 from mdnet_dist.model.language_model import LanguageModel
 
@@ -40,9 +41,10 @@ class MDNet(nn.Module):
     """Reads images, says a sentence on each topic, names the class, and shows where it looked."""
 
     def __init__(self, config: ModelConfig, topics: int, classes: int, words: int) -> None:
-        """Args: topics: K; classes: N, 0 where nothing is labelled; words: V, the special ones included."""
+        """Args: topics: K, sentences of a report; classes: N, 0 without labels; words: V, the special ones included."""
         super().__init__()
-        self.image_model = ImageModel(config.image)
+        image = config.image
+        self.image_model = GoogLeNet(image) if isinstance(image, GoogLeNetImageModel) else ImageModel(image)
         self.blend = GradientBlend()
         # A set without labels still builds: M then has one class that no image carries, and L_M stays zero.
         self.class_maps = ClassMaps(self.image_model.channels, max(1, classes))
