@@ -39,7 +39,7 @@ def cost_of(build: Callable[[], MDNet], image_size: int) -> Cost:
         network = build().eval()
         images = torch.empty(1, 3, image_size, image_size)
         with FlopCounterMode(display=False) as counter:
-            logits, _ = network.class_maps(network.image_model(images))
+            logits, _ = network.class_maps(network.image_model(images), network.sharpen)
         del logits
     parameters = {
         name: sum(weight.numel() for weight in part.parameters() if weight.requires_grad)

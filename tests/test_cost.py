@@ -41,10 +41,8 @@ def flops_by_hand(depth: int, k: int, concat_depth: Any, classes: int, side: int
 @pytest.mark.parametrize(("depth", "widening"), [(20, 1), (29, 2)])
 def test_flops_are_those_of_each_convolution(depth: int, widening: int, concat_depth: Any) -> None:
     cost = cost_of(lambda: MDNet(cifar(depth, widening, concat_depth), 0, 10, 0), 32)
-    # The map that sharpens attention is one class's: width x 64 positions.
     network = MDNet(cifar(depth, widening, concat_depth), 0, 10, 0)
-    sharpening = 2 * network.image_model.channels * 64
-    assert cost.flops == flops_by_hand(depth, widening, concat_depth, 10) + sharpening
+    assert cost.flops == flops_by_hand(depth, widening, concat_depth, 10)
     assert cost.weights == sum(weight.numel() for weight in network.parameters())
 
 

@@ -22,10 +22,10 @@ class ClassMaps(nn.Module):
         self.weight = nn.Parameter(torch.empty(classes, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The map (B, C, h, w) -> logits (B, N) and the map that sharpens L's attention (B, P)."""
+    def forward(self, features: Tensor, sharpen: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The map (B, C, h, w) -> logits (B, N) and, if wanted, the map that sharpens L's attention (B, P)."""
         logits = F.linear(features.mean((2, 3)), self.weight, self.bias)  # the mean commutes with the linear map
-        return logits, self._sharpening_map(features)
+        return logits, self._sharpening_map(features) if sharpen else None
 
     def maps(self, features: Tensor) -> Tensor:
         """The map (B, C, h, w) -> class activation maps (B, N, P), without the bias."""
