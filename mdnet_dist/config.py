@@ -196,10 +196,11 @@ class ModelConfig(Section):
     language: LanguageModelConfig = LanguageModelConfig()
     """L."""
     sharpening: Literal["cam", "none"] = "cam"
-    """cam: the predicted class's activation map goes into L's attention; none: Show-Attend-Tell attention."""
+    """cam: the spread of the class activation maps over the classes goes into L's attention; none: Show-Attend-Tell
+    attention."""
     sharpness: NotNegative = 2.0
-    """cam: what a position's score in the attention gains where the class map lies one standard deviation above its
-    mean; 0 is as none."""
+    """cam: what a position's score in the attention gains where that spread lies one standard deviation above its mean;
+    0 is as none."""
 
     @model_validator(mode="after")
     def _something_to_sharpen(self) -> ModelConfig:

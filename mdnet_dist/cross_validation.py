@@ -49,6 +49,8 @@ MAPS = (
     ("entropy/sentences", "entropy, sentences", 100),
 )
 """The same for the maps of sets with annotations."""
+NOT_RANKED = ("energy inside, even map", "entropy, sentences")
+"""What is not the better for being higher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +238,7 @@ def as_markdown(results: Mapping[str, Any], metrics: Sequence[tuple[str, str, fl
                 continue
             mean, std = mean_and_std(values[model])
             best = max(mean_and_std(others)[0] for others in values.values())
-            # Which of two maps is better is not told by these numbers alone: an even map has the largest entropy.
-            mark = "**" if mean == best and len(values) > 1 and "entropy" not in heading else ""
+            mark = "**" if mean == best and len(values) > 1 and heading not in NOT_RANKED else ""
             cells.append(f"{mark}{mean:.2f}{mark} ± {std:.2f}" if std == std else f"{mark}{mean:.2f}{mark}")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
