@@ -11,7 +11,7 @@ button{font:inherit;color:inherit;cursor:pointer}
 :focus-visible{outline:3px solid var(--accent);outline-offset:1px}
 main{display:grid;grid-template-columns:clamp(15rem,75vh,27rem) minmax(0,1fr);gap:1.5rem;align-items:start}
 .viewer{position:sticky;top:.5rem;background:#fff;z-index:1}
-.stage{position:relative;width:min(100%,75vh);aspect-ratio:1;border:1px solid var(--line)}
+.stage{position:relative;width:100%;aspect-ratio:1;border:1px solid var(--line)}
 .base{background-size:100% 100%}
 .stage>img,.thumb>img{position:absolute;inset:0;width:100%;height:100%}
 .stage.mapped::before{content:"";position:absolute;inset:0;background:inherit;filter:grayscale(1)}
