@@ -1,4 +1,4 @@
-"""The command line: `python -m data_shards synth|import|verify|show --help`."""
+"""The command line: `python -m data_shards synth|import|import-cifar|verify|show --help`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,22 @@ def import_(arguments: argparse.Namespace) -> None:
     )
     manifest, notes = import_source(read_source(arguments), arguments.out, options)
     print_summary(manifest, arguments.out, notes)
+
+
+def import_cifar(arguments: argparse.Namespace) -> None:
+    """Import CIFAR-10 or CIFAR-100."""
+    from data_shards.import_cifar import import_cifar as write
+
+    manifest = write(
+        arguments.source,
+        arguments.out,
+        labels=arguments.labels,
+        validation=arguments.val or 0,
+        name=arguments.name,
+        samples_per_shard=arguments.samples_per_shard,
+        force=arguments.force,
+    )
+    print_summary(manifest, arguments.out, [])
 
 
 def read_source(arguments: argparse.Namespace) -> Source:
@@ -172,7 +188,8 @@ def print_table(manifest: ShardManifest) -> None:
         *([["- no label", *unlabelled.values()]] if any(unlabelled.values()) else []),
     ]
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
-    print(f"{manifest.name}: topics {', '.join(manifest.topics)}; {len(manifest.vocabulary)} words in training")
+    topics = f"topics {', '.join(manifest.topics)}" if manifest.topics else "no topics"
+    print(f"{manifest.name}: {topics}; {len(manifest.vocabulary)} words in training")
     for row in rows:
         cells = [str(cell).rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join([str(row[0]).ljust(widths[0]), *cells]))
@@ -202,14 +219,16 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the set's folder; must not exist, or be empty"
     )
-    writing.add_argument(
-        "--folds", type=positive, metavar="F", help="deal patients into F folds instead of train, val, test"
-    )
     writing.add_argument("--name", help="what the set is, for people")
     writing.add_argument("--samples-per-shard", type=positive, default=256, metavar="N", help="at most (default 256)")
     writing.add_argument("--force", action="store_true", help="replace the shard set at DIR")
 
-    command = commands.add_parser("synth", parents=[writing], help="draw the synthetic bladder set")
+    dealing = argparse.ArgumentParser(add_help=False)
+    dealing.add_argument(
+        "--folds", type=positive, metavar="F", help="deal patients into F folds instead of train, val, test"
+    )
+
+    command = commands.add_parser("synth", parents=[writing, dealing], help="draw the synthetic bladder set")
     command.add_argument("--images", type=positive, default=1000, metavar="N", help="how many (default 1000)")
     command.add_argument("--patients", type=positive, default=32, metavar="N", help="how many (default 32)")
     command.add_argument(
@@ -220,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=synth)
 
-    command = commands.add_parser("import", parents=[writing], help="import images and reports")
+    command = commands.add_parser("import", parents=[writing, dealing], help="import images and reports")
     command.add_argument(
         "path", type=Path, metavar="PATH", help="MANIFEST.jsonl, or a folder in BCIDR's or R2Gen's layout"
     )
@@ -260,6 +279,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="bcidr, r2gen: its first group, matched at the start of an image's name or id, is the patient",
     )
     command.set_defaults(run=import_)
+
+    command = commands.add_parser("import-cifar", parents=[writing], help="import CIFAR-10 or CIFAR-100")
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="the unpacked python or binary version, or a folder of images with labels.csv",
+    )
+    command.add_argument(
+        "--val", type=positive, metavar="N", help="set N training images aside for validation (default: none)"
+    )
+    command.add_argument(
+        "--labels", choices=("fine", "coarse"), default="fine", help="CIFAR-100: 100 classes (default) or 20"
+    )
+    command.set_defaults(run=import_cifar)
 
     command = commands.add_parser("verify", help="check a shard set")
     command.add_argument("folder", type=Path, metavar="DIR")

@@ -89,7 +89,7 @@ def show_set(
 def draw_grid(shown: Sequence[Shown], topics: Sequence[str], title: str, masks: bool) -> bytes:
     """The picture as a PNG file: a grid, and under each image its report."""
     columns = min(COLUMNS, len(shown))
-    cells = [(sample, report_lines(sample.record.reports[0], topics)) for sample in shown]
+    cells = [(sample, report_lines(sample.record.reports[0], topics) if topics else []) for sample in shown]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     row_inches = [
         max(_image_inches(sample.image)[1] + LINE_INCHES * len(lines) for sample, lines in row) + 0.55 for row in rows

@@ -22,6 +22,7 @@ def main() -> None:
         metavar="key=value",
         help="dotted key of the file and its new value; or an overlay, as launch/configs/baselines/resnet.yaml",
     )
+    parser.add_argument("--parent-run", metavar="ID", help="MLflow run of the same experiment that this one is part of")
     parser.add_argument("--resume", action="store_true", help="continue the newest run of this name")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     arguments = parser.parse_intermixed_args()
@@ -31,15 +32,16 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
 
     from mdnet_dist.console import say
-    from mdnet_dist.distributed import is_first
+    from mdnet_dist.distributed import is_first, leave
     from mdnet_dist.run import run_training, score_table
 
     say(as_yaml(config))
-    result = run_training(config, resume=arguments.resume)
+    result = run_training(config, resume=arguments.resume, parent_run_id=arguments.parent_run)
     if is_first():
         print(f"\ntest scores (fractions; cider goes to 10)\n{score_table(result)}\n")
         print(f"run folder  {result.folder}  (pictures/ shows reports with their attention)")
         print(f"next        make ui    or    python -m data_shards show {Path(config.data.shards)}")
+    leave()
 
 
 if __name__ == "__main__":

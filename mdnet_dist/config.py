@@ -108,6 +108,9 @@ class MedicalImageModel(Section):
     """Stride of each stage's first unit; the stem and its pooling stride by 4 before them."""
     concat_depth: Count | Literal["full"] = 1
     """d: units at the start of each stage whose output is concatenated instead of added."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """What convolutions see beyond the image's border. With zeros, border positions know where they are and come to
+    hold what is true of the whole image, which draws the attention there; the mirrored image tells them nothing."""
 
     @model_validator(mode="after")
     def _stages_agree(self) -> MedicalImageModel:
@@ -193,7 +196,11 @@ class ModelConfig(Section):
     language: LanguageModelConfig = LanguageModelConfig()
     """L."""
     sharpening: Literal["cam", "none"] = "cam"
-    """cam: the predicted class's activation map goes into L's attention; none: Show-Attend-Tell attention."""
+    """cam: the spread of the class activation maps over the classes goes into L's attention; none: Show-Attend-Tell
+    attention."""
+    sharpness: NotNegative = 2.0
+    """cam: what a position's score in the attention gains where that spread lies one standard deviation above its mean;
+    0 is as none."""
 
     @model_validator(mode="after")
     def _something_to_sharpen(self) -> ModelConfig:
@@ -393,6 +400,25 @@ class AdamWConfig(Section):
     """theta_L."""
 
 
+class SgdConfig(Section):
+    """SGD for all three, as image classifiers are trained."""
+
+    kind: Literal["sgd"]
+    """Chooses this section."""
+    image: SgdGroup = SgdGroup()
+    """theta_D."""
+    head: SgdGroup = SgdGroup()
+    """theta_M."""
+    language: SgdGroup = SgdGroup()
+    """theta_L."""
+
+
+OptimizerConfig = Annotated[
+    Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")] | Annotated[SgdConfig, Tag("sgd")],
+    _chosen_by("kind", "sgd_adam"),
+]
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -467,11 +493,8 @@ class RunConfig(Section):
     """The network."""
     blend: BlendConfig = BlendConfig()
     """How the two losses share the image model."""
-    optimizer: Annotated[
-        Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")],
-        _chosen_by("kind", "sgd_adam"),
-    ] = SgdAdamConfig()
-    """How the weights move; `kind` chooses between sgd_adam and adamw."""
+    optimizer: OptimizerConfig = SgdAdamConfig()
+    """How the weights move; `kind` chooses between sgd_adam, adamw and sgd."""
     train: TrainConfig = TrainConfig()
     """How long, in which batches, with which arithmetic."""
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -28,7 +28,7 @@ class Progress:
         elif is_first() and (step % self._every == 0 or step == self._steps):
             seconds = (time.monotonic() - self._started) / max(1, step - self._first) * (self._steps - step)
             told = "  ".join(f"{name} {value}" for name, value in measured.items())
-            say(f"step {step}/{self._steps}  {told}  left {_duration(seconds)}")
+            say(f"step {step}/{self._steps}  {told}  left {duration(seconds)}")
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -65,7 +65,8 @@ def table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float] | None]
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 where it is less than an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
@@ -24,7 +23,7 @@ from webdataset.tariterators import group_by_keys
 from mdnet_dist.augment import augment
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.errors import InputError
-from mdnet_dist.images import decode_image
+from mdnet_dist.images import decode_image, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
 from mdnet_dist.sentences import as_one_sentence
@@ -248,33 +247,6 @@ class Encoder:
             lengths=torch.from_numpy(lengths),
             masks=[sample.mask for sample in samples],
         )
-
-
-def fit_to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
-    """Make an RGB image a square of `size` px, (size, size, 3) uint8, by `DataConfig.fit`."""
-    return _fit(image, size, fit, Image.Resampling.BILINEAR, border=None)
-
-
-def fit_mask_to_square(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """Move a mask (h, w) as `fit_to_square` moves its image: (size, size) bool, outside on the border."""
-    return _fit(Image.fromarray(mask.astype(np.uint8)), size, fit, Image.Resampling.NEAREST, border=0).astype(bool)
-
-
-def _fit(image: Image.Image, size: int, fit: str, resampling: Image.Resampling, border: int | None) -> np.ndarray:
-    width, height = image.size
-    if fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if fit != "pad" or width == height:
-        return np.asarray(image if image.size == (size, size) else image.resize((size, size), resampling))
-    scale = size / max(width, height)
-    pixels = np.asarray(image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling))
-    square = np.empty((size, size, *pixels.shape[2:]), dtype=np.uint8)
-    square[:] = pixels.mean((0, 1)).astype(np.uint8) if border is None else border
-    top, left = (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2
-    square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    return square
 
 
 # --------------------------------------------------------------------------------------------------------- batches

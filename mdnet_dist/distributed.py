@@ -58,6 +58,11 @@ def local_device() -> torch.device:
     return device
 
 
+def gpus_here() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place."""
     if world_size() > 1:
@@ -110,7 +115,10 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the group of ranks, where there is one: a process that ends inside it makes torch complain."""
+    """Leave the group of ranks, where there is one: the last thing a program does, after any number of runs.
+
+    A process that ends inside it makes torch complain, and no engine can be made in this process afterwards.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ ranks. So a checkpoint written under one of them continues under another.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -113,6 +114,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         # Weights stay in their usual layout, which DeepSpeed's broadcast and ZeRO's flat buffers need; images come
         # channels last, and convolutions follow their input.
+        self._plain = copy.deepcopy(network).cpu() if self._zero_stage == 3 else None
         network = network.to(device)
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
@@ -171,14 +173,23 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[MDNet]:
-        """The network in evaluation mode, its weights whole on every rank. Collective."""
+        """The network in evaluation mode, its weights whole on every rank. Collective.
+
+        Ranks may use it as often as each likes. At stage 3 it is a copy for that: DeepSpeed's own fetches weights from
+        the other ranks whenever a module runs, and takes them away after it.
+        """
         network = self.network
+        if self._plain is not None:
+            self._plain.load_state_dict(self.weights())
+            network = self._plain.to(self.device)
         network.eval()
         try:
-            with self._whole_weights(), torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast():
                 yield network
         finally:
             network.train()
+            if self._plain is not None:
+                self._plain.cpu()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic that training uses."""
@@ -246,10 +257,14 @@ class Engine:
         self.optimizer.set_updates(updates)
 
     def close(self) -> None:
-        """Free the engine's communication buffers and leave the group of ranks."""
+        """Free the engine's hooks and buffers. The group of ranks stays, for the next engine of this process.
+
+        DeepSpeed keeps handles of its groups in module variables (`deepspeed.utils.groups`), which outlive the group if
+        torch ends it and make the next engine fail. A group ended and made again on the same port would also be a race:
+        a fast rank could join the store of the group that a slow one has yet to leave. Programs end with
+        `mdnet_dist.distributed.leave`.
+        """
         self._engine.destroy()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         names = self.network.state_dict().keys()

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,21 @@ from typing import Any
 import torch
 
 from mdnet_dist.console import say
-from mdnet_dist.data import RawSample, read_shard
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.engine import start_processes
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluation import Evaluation, Prediction, evaluate, reliability_of
-from mdnet_dist.explain_run import explain, explain_samples
+from mdnet_dist.evaluation import Evaluation, evaluate, reliability_of
+from mdnet_dist.explain_run import explain_best_and_worst
 from mdnet_dist.metrics.reports import confusion_matrices
 from mdnet_dist.run import draw_evaluation
 from mdnet_dist.run_data import RunData, open_part
-from mdnet_dist.run_folder import METRICS, PICTURES, write_scores
+from mdnet_dist.run_folder import EXPLAINED, METRICS, PICTURES, PREDICTIONS, write_scores
 from mdnet_dist.saved import open_model, saved_config
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.tracking import METRICS_NAME, read_metrics, reopen_tracker
 from mdnet_dist.trainer import Result
 
-CONFUSION, CALIBRATION, EVALUATIONS, EXPLAINED = "confusion.json", "calibration.json", "evaluations", "explained"
+CONFUSION, CALIBRATION, EVALUATIONS = "confusion.json", "calibration.json", "evaluations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +98,21 @@ def evaluate_run(request: Request) -> Result:
     metrics = {f"{request.part}/{name}": value for name, value in evaluation.metrics.items()}
     if is_first():
         written = _write(out, request.part, metrics, evaluation, data)
-        if keys := best_and_worst(evaluation.predictions, config.evaluate.pictures):
-            samples = _samples(Path(config.data.shards), data, parts, keys)
-            shown = explain_samples(network, card, samples, device=device, beam_width=beam_width)
-            explain(card, shown, out / EXPLAINED, f"Best and worst of {request.run.resolve().name}, {request.part}")
+        if explain_best_and_worst(
+            network,
+            card,
+            evaluation.predictions,
+            Path(config.data.shards),
+            parts,
+            out / EXPLAINED,
+            f"Best and worst of {request.run.resolve().name}, {request.part}",
+            count=config.evaluate.pictures,
+            device=device,
+            beam_width=beam_width,
+        ):
             written.append(out / EXPLAINED)
         _log(request, metrics, step, written)
     return Result(folder=out, metrics=metrics, test=evaluation, data=data, nltk_data=nltk_data)
-
-
-def best_and_worst(predictions: Sequence[Prediction], count: int) -> list[str]:
-    """Keys of the images on which the network did best and worst, half of `count` each.
-
-    By the negative log-likelihood of the label, of the references' words where no image has a label.
-    """
-    labelled = [(prediction.loss_m, prediction.key) for prediction in predictions if prediction.loss_m is not None]
-    losses = [(one.loss_l / one.tokens, one.key) for one in predictions if one.tokens]
-    ranked = [key for _, key in sorted(labelled or losses)]
-    chosen = {*ranked[: count - count // 2], *ranked[len(ranked) - min(len(ranked), count // 2) :]}
-    return [key for key in ranked if key in chosen]
-
-
-def _samples(folder: Path, data: RunData, parts: list[str], keys: Collection[str]) -> Iterator[RawSample]:
-    for shard in data.manifest.shards_of(parts):
-        yield from (sample for sample in read_shard(folder, shard) if sample.key in keys)
 
 
 def _make(out: Path) -> None:
@@ -137,7 +126,7 @@ def _write(out: Path, part: str, metrics: dict[str, float], evaluation: Evaluati
     """All files of an evaluation; returns their paths."""
     before = _other_parts(out / METRICS, part)
     write_scores(out, before | metrics, evaluation.predictions)
-    written = [out / METRICS, out / "predictions.jsonl"]
+    written = [out / METRICS, out / PREDICTIONS]
     scored = [prediction.scored() for prediction in evaluation.predictions]
     if any(image.label for image in scored):
         matrices = confusion_matrices(scored, data.card.conclusions, data.card.classes)

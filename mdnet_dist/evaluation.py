@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdnet_dist.config import DataConfig
-from mdnet_dist.data import Batch, fit_mask_to_square
+from mdnet_dist.data import Batch
 from mdnet_dist.distributed import gather, is_first, on_first, raise_together
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
-from mdnet_dist.images import decode_mask
+from mdnet_dist.images import decode_mask, fit_mask_to_square
 from mdnet_dist.metrics.calibration import Reliability, fit_temperature, reliability
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
 from mdnet_dist.metrics.localization import (

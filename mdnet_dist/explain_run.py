@@ -1,4 +1,4 @@
-"""Which images `launch/explain.py` explains, and the files it writes: OUT/NAME.html, OUT/NAME.png, OUT/index.html."""
+"""Which images are explained, and the files that are written: OUT/NAME.html, OUT/NAME.png, OUT/index.html."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from mdnet_dist.config import DataConfig
-from mdnet_dist.data import Encoder, RawSample, fit_mask_to_square, read_shard
+from mdnet_dist.data import Encoder, RawSample, read_shard
 from mdnet_dist.errors import InputError
+from mdnet_dist.evaluation import Prediction
 from mdnet_dist.explain import Entry, Explanation, index, page
 from mdnet_dist.export import ModelCard
 from mdnet_dist.figures import draw_report
-from mdnet_dist.images import decode_mask
+from mdnet_dist.images import decode_mask, fit_mask_to_square
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, split_answers
 from mdnet_dist.predict_folder import find_images
@@ -62,6 +63,47 @@ def explain(
     return len(entries)
 
 
+def explain_best_and_worst(
+    network: MDNet,
+    card: ModelCard,
+    predictions: Sequence[Prediction],
+    shards: Path,
+    parts: Sequence[str],
+    out: Path,
+    title: str,
+    *,
+    count: int,
+    device: torch.device | str = "cpu",
+    beam_width: int = 1,
+) -> list[str]:
+    """Pages on the best and the worst few images of an evaluation.
+
+    Args:
+        predictions: on the samples of `parts` of the shard set.
+        count: of images; with 0 nothing is written.
+
+    Returns:
+        their keys, as `best_and_worst` orders them.
+    """
+    keys = best_and_worst(predictions, count)
+    if keys:
+        samples = _samples(shards, parts, keys, None)
+        explain(card, explain_samples(network, card, samples, device=device, beam_width=beam_width), out, title)
+    return keys
+
+
+def best_and_worst(predictions: Sequence[Prediction], count: int) -> list[str]:
+    """Keys of the images on which the network did best and worst, half of `count` each.
+
+    By the negative log-likelihood of the label, of the references' words where no image has a label.
+    """
+    labelled = [(prediction.loss_m, prediction.key) for prediction in predictions if prediction.loss_m is not None]
+    losses = [(one.loss_l / one.tokens, one.key) for one in predictions if one.tokens]
+    ranked = [key for _, key in sorted(labelled or losses)]
+    chosen = {*ranked[: count - count // 2], *ranked[len(ranked) - min(len(ranked), count // 2) :]}
+    return [key for key in ranked if key in chosen]
+
+
 def _file_name(key: str, taken: set[str]) -> str:
     """A key as a plain file name that no other image has, whatever a file system makes of case."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:80] or "image"
@@ -100,7 +142,7 @@ def explain_sources(
     for source in sources:
         if (source / MANIFEST_NAME).is_file():
             yield from explain_samples(
-                network, card, _samples(source, part, keys, count), device=device, beam_width=beam_width
+                network, card, _samples(source, [part], keys, count), device=device, beam_width=beam_width
             )
             continue
         paths = find_images(source)[:count]
@@ -115,10 +157,10 @@ def explain_sources(
                 yield Explanation(key=name, image=square, answer=answer, label=None, references=[])
 
 
-def _samples(folder: Path, part: str, keys: Sequence[str], count: int | None) -> Iterator[RawSample]:
+def _samples(folder: Path, parts: Sequence[str], keys: Sequence[str], count: int | None) -> Iterator[RawSample]:
     manifest = load_manifest(folder)
     wanted, found = set(keys), 0
-    for shard in manifest.shards_of([part]):
+    for shard in manifest.shards_of(parts):
         for sample in read_shard(folder, shard):
             if keys and sample.key not in wanted:
                 continue
@@ -128,7 +170,7 @@ def _samples(folder: Path, part: str, keys: Sequence[str], count: int | None) ->
             found += 1
             yield sample
     if wanted:
-        raise InputError(f"{folder}: part '{part}' has no sample '{min(wanted)}'")
+        raise InputError(f"{folder}: part '{', '.join(parts)}' has no sample '{min(wanted)}'")
 
 
 def explain_samples(

@@ -25,7 +25,7 @@ from mdnet_dist.sentences import join_topics, joined_topics, joining_order
 from mdnet_dist.shards import Report, write_atomically
 from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, CARD = "model.safetensors", "model.json"
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 """A number for each of red, green and blue."""

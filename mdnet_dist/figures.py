@@ -25,6 +25,7 @@ from mdnet_dist.tracking import read_metrics
 
 # Okabe and Ito's palette without black and yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 OUTLINE, QUIET = "#E69F00", "#999999"
 
 WORD_MAPS = 4  # per topic in a report's picture
@@ -300,6 +301,83 @@ def draw_reliability(found: Reliability, path: Path) -> None:
     axes.set_title(f"{sum(found.images)} images, expected calibration error {found.error:.3f}", size=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.45, -0.13))
+    _write(figure, path)
+
+
+def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Scores of several models over folds: each fold as a mark, their mean as a line, mean ± deviation as a bar.
+
+    Args:
+        panels: {metric's heading: {model: a value for each fold}}.
+        path: of the picture.
+    """
+    models = list(dict.fromkeys(model for values in panels.values() for model in values))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _new_figure(max(2.2, 0.75 * len(models) + 1.4) * columns + 1.0, 2.7 * rows + 0.9, layout="tight")
+    for number, (heading, values) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.use_sticky_edges = False  # room below a bar too
+        for place, model in enumerate(models):
+            folds = np.asarray(values.get(model, []), dtype=np.float64)
+            if not folds.size:
+                continue
+            colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
+            mean, spread = folds.mean(), folds.std(ddof=1) if folds.size > 1 else 0.0
+            axes.bar(place, 2 * spread, 0.6, bottom=mean - spread, color=colour, alpha=0.25)
+            axes.hlines(mean, place - 0.3, place + 0.3, color=colour, linewidth=2)
+            aside = np.linspace(-0.18, 0.18, folds.size) if folds.size > 1 else np.zeros(1)
+            axes.plot(place + aside, folds, marker, color=colour, markersize=4.5, label=_name(model))
+        axes.set_title(heading, size=10, loc="left")
+        axes.set_xticks(range(len(models)), [_name(model, 18) for model in models], size=8, rotation=20, ha="right")
+        axes.set(xlim=(-0.6, len(models) - 0.4), ylabel="score, test fold" if (number - 1) % columns == 0 else "")
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if number == 1:
+            handles, labels = axes.get_legend_handles_labels()
+    title = "mark: a fold; line: mean; bar: mean ± sample standard deviation"
+    figure.legend(
+        handles, labels, title=title, fontsize=8, title_fontsize=8, frameon=False, ncol=len(models), loc="lower center"
+    )
+    figure.get_layout_engine().set(rect=(0, 0.9 / (2.7 * rows + 0.9), 1, 1))
+    _write(figure, path)
+
+
+def draw_sweep(
+    names: Sequence[str],
+    errors: Sequence[float],
+    parameters: Sequence[int],
+    flops: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Top-1 error against what a network costs: its parameters, and the FLOPs of one image.
+
+    Args:
+        names: concat_depth of each network.
+        errors: fractions.
+        path: of the picture.
+    """
+    figure = _new_figure(9.6, 4.4, layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    costs = (
+        ("parameters, millions", [n / 1e6 for n in parameters]),
+        ("GFLOP an image, forward", [n / 1e9 for n in flops]),
+    )
+    for axes, (label, values) in zip(panels, costs):
+        for number, (name, value, error) in enumerate(zip(names, values, errors)):
+            colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
+            axes.plot(value, 100 * error, marker, color=colour, markersize=9, label=_name(name))
+            axes.annotate(_name(name), (value, 100 * error), xytext=(8, 6), textcoords="offset points", size=9)
+        axes.set_xlabel(label)
+        axes.margins(0.18)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1 error, %")
+    panels[1].legend(title="concat_depth", fontsize=8, frameon=False)
+    figure.suptitle(_name(title, 80), size=11)
     _write(figure, path)
 
 

@@ -83,6 +83,33 @@ def decode_mask(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArray
         raise InputError(f"{where}: the mask does not decode ({_reason(error)})") from error
 
 
+def fit_to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """Make an RGB image a square of `size` px, (size, size, 3) uint8, by `DataConfig.fit`."""
+    return _fit(image, size, fit, Image.Resampling.BILINEAR, border=None)
+
+
+def fit_mask_to_square(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
+    """Move a mask (h, w) as `fit_to_square` moves its image: (size, size) bool, outside on the border."""
+    return _fit(Image.fromarray(mask.astype(np.uint8)), size, fit, Image.Resampling.NEAREST, border=0).astype(bool)
+
+
+def _fit(image: Image.Image, size: int, fit: str, resampling: Image.Resampling, border: int | None) -> np.ndarray:
+    width, height = image.size
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if fit != "pad" or width == height:
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), resampling))
+    scale = size / max(width, height)
+    pixels = np.asarray(image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling))
+    square = np.empty((size, size, *pixels.shape[2:]), dtype=np.uint8)
+    square[:] = pixels.mean((0, 1)).astype(np.uint8) if border is None else border
+    top, left = (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2
+    square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return square
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The image as a PNG file that holds pixels and nothing else."""
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""One torch Optimizer that moves each part of the network by a rule of its own: SGD for D, Adam for M and L.
+"""One torch Optimizer that moves each part of the network by a rule of its own, as SGD for D, Adam for M and L.
 
 One optimizer, because DeepSpeed wraps exactly one. The rules are PyTorch's own functions, so that a group is moved to
 the last bit as `torch.optim.SGD` or `torch.optim.AdamW` would move it.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from mdnet_dist.config import AdamGroup, AdamWConfig, SgdAdamConfig, SgdGroup
+from mdnet_dist.config import AdamGroup, OptimizerConfig, SgdGroup
 from mdnet_dist.schedules import learning_rate_factor
 
 STATE_KEYS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -24,7 +24,7 @@ STATE_KEYS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 class PartOptimizer(torch.optim.Optimizer):
     """Groups named image, head and language, each with its rule (sgd or adam), rate, decay and schedule."""
 
-    def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]], config: SgdAdamConfig | AdamWConfig) -> None:
+    def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> None:
         """Args: parts: {group name: weights}, from `MDNet.parts`."""
         self.configs: dict[str, SgdGroup | AdamGroup] = {name: getattr(config, name) for name in parts}
         self.skip_next = False

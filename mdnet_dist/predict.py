@@ -12,22 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mdnet_dist.data import fit_to_square
 from mdnet_dist.decoding import decode
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
+from mdnet_dist.images import fit_to_square
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.sentences import conclusion_start
 from mdnet_dist.shards import CONCLUSION, Report
 
 READERS = 4  # threads that decode image files ahead
+Source = TypeVar("Source")
 Decoder = Callable[[Path], Image.Image]
 """An image file to RGB pixels; raises InputError where it cannot be read."""
 
@@ -173,38 +174,41 @@ def as_batch(images: Sequence[np.ndarray], device: torch.device | str) -> Tensor
 def answer_files(
     network: MDNet,
     card: ModelCard,
-    paths: Sequence[Path],
-    decoder: Decoder,
+    sources: Sequence[Source],
+    decoder: Callable[[Source], Image.Image],
     *,
     device: torch.device | str = "cpu",
     batch: int = 16,
     beam_width: int = 1,
-) -> Iterator[tuple[Path, np.ndarray, Answer] | tuple[Path, None, InputError]]:
-    """The network's answer to each image file, in order: (path, square as it was seen, answer).
+) -> Iterator[tuple[Source, np.ndarray, Answer] | tuple[Source, None, InputError]]:
+    """The network's answer to each image file, in order: (source, square as it was seen, answer).
 
-    A file that cannot be read gives (path, None, what is wrong with it) and stops nothing. Files are read while the
+    A file that cannot be read gives (source, None, what is wrong with it) and stops nothing. Files are read while the
     network works on those before them; at most two batches are held in memory.
+
+    Args:
+        sources: paths, or whatever else the decoder takes.
     """
 
-    def read(path: Path) -> np.ndarray | InputError:
+    def read(source: Source) -> np.ndarray | InputError:
         try:
-            return prepare_image(card, decoder(path))
+            return prepare_image(card, decoder(source))
         except InputError as error:
             return error
 
-    groups = [paths[start : start + batch] for start in range(0, len(paths), batch)]
+    groups = [sources[start : start + batch] for start in range(0, len(sources), batch)]
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = [pool.submit(read, path) for path in (groups[0] if groups else [])]
+        ahead = [pool.submit(read, source) for source in (groups[0] if groups else [])]
         for number, group in enumerate(groups):
             squares = [future.result() for future in ahead]
-            ahead = [pool.submit(read, path) for path in (groups[number + 1] if number + 1 < len(groups) else [])]
+            ahead = [pool.submit(read, source) for source in (groups[number + 1] if number + 1 < len(groups) else [])]
             good = [square for square in squares if isinstance(square, np.ndarray)]
             answers = iter(_answer_squares(network, card, good, device, beam_width))
-            for path, square in zip(group, squares):
+            for source, square in zip(group, squares):
                 if isinstance(square, InputError):
-                    yield path, None, square
+                    yield source, None, square
                 else:
-                    yield path, square, next(answers)
+                    yield source, square, next(answers)
 
 
 def _answer_squares(

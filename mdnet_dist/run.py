@@ -13,16 +13,19 @@ import numpy as np
 
 from mdnet_dist.config import GoogLeNetImageModel, RunConfig, flatten
 from mdnet_dist.console import say, table
-from mdnet_dist.data import fit_mask_to_square
+from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
 from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of, score
+from mdnet_dist.explain_run import explain_best_and_worst
+from mdnet_dist.export import load_model
 from mdnet_dist.figures import draw_confusion_matrix, draw_reliability, draw_report, draw_training_curves
-from mdnet_dist.images import decode_mask
+from mdnet_dist.images import decode_mask, fit_mask_to_square
 from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_score, score_reports
 from mdnet_dist.run_data import RunData
-from mdnet_dist.run_folder import CONFIG, METRICS, PICTURES, PREDICTIONS
+from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED
+from mdnet_dist.served_model import write_served_model
 from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
 from mdnet_dist.trainer import Result, Trainer
 
@@ -102,12 +105,12 @@ def _start_tracking(trainer: Trainer, resume: bool, parent_run_id: str | None) -
 
 def _opening(trainer: Trainer) -> str:
     data, config = trainer.data, trainer.config
-    weights = sum(weight.numel() for weight in trainer.network.parameters())
+    cost = cost_of(data.card.build, config.data.image_size)
     lines = [
         f"run       {trainer.folder}",
         f"data      {data.manifest.name}: {data.samples} images to train on, {len(data.card.topics)} topics, "
         f"{len(data.card.classes)} classes, {len(data.card.words)} words",
-        f"network   {weights:,} weights, {_image_model(config)}",
+        f"network   {cost.weights:,} weights, {as_flops(cost.flops)} an image, {_image_model(config)}",
         f"training  {trainer.steps} steps of {config.train.global_batch} images on {world_size()} "
         f"{trainer.device.type.upper()} rank{'s' if world_size() > 1 else ''}, ZeRO {config.train.zero_stage}, "
         f"{config.train.precision}",
@@ -134,14 +137,37 @@ def _log_results(trainer: Trainer, result: Result, tracker: Tracker | None) -> N
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
     draw_training_curves(folder / METRICS_NAME, pictures / "training.png")
+    written = [folder / METRICS, folder / PREDICTIONS, pictures]
     if result.test:
         draw_evaluation(result.test, trainer.data, pictures)
+        if _explain(trainer, result.test):
+            written.append(folder / EXPLAINED)
+    write_served_model(folder, folder / SERVED)
     if tracker:
-        for path in (folder / METRICS, folder / PREDICTIONS, folder / "model.json", folder / "model.safetensors"):
-            tracker.log_artifact(path)
-        tracker.log_artifact(pictures)  # with its name
+        for path in written:
+            tracker.log_artifact(path)  # a folder with its name
+        for path in (folder / SERVED).iterdir():
+            tracker.log_artifact(path, "model")  # runs:/RUN_ID/model
         if not card.classes:
             tracker.log_tags({"classes": "none"})
+
+
+def _explain(trainer: Trainer, test: Evaluation) -> list[str]:
+    """Pages on the best and the worst few images of the test part, by the exported model: other ranks have gone."""
+    config, folder = trainer.config, trainer.folder
+    network, card = load_model(folder, trainer.device)
+    return explain_best_and_worst(
+        network,
+        card,
+        test.predictions,
+        Path(config.data.shards),
+        trainer.data.test,
+        folder / EXPLAINED,
+        f"Best and worst of {folder.name}, test",
+        count=config.evaluate.pictures,
+        device=trainer.device,
+        beam_width=config.evaluate.beam_width,
+    )
 
 
 def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None:

@@ -5,6 +5,9 @@ checkpoints/       `mdnet_dist.checkpoint`
 model.safetensors, model.json    `mdnet_dist.export`
 metrics.json       last evaluation, keys prefixed val/ or test/
 predictions.jsonl  one line an image of the test part (of the validation part where there is no test part)
+pictures/          confusion matrices, curves, some reports with their attention
+explained/         pages on the best and the worst few images of the test part (`mdnet_dist.explain`)
+mlflow_model/      the exported model as MLflow serves it (`mdnet_dist.served_model`)
 metrics.jsonl      every logged point (`mdnet_dist.tracking`)
 """
 
@@ -19,7 +22,8 @@ from mdnet_dist.errors import InputError
 from mdnet_dist.evaluation import Prediction
 from mdnet_dist.shards import write_atomically
 
-CONFIG, METRICS, PREDICTIONS, PICTURES = "config.yaml", "metrics.json", "predictions.jsonl", "pictures"
+CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
+PICTURES, EXPLAINED, SERVED = "pictures", "explained", "mlflow_model"
 
 
 def new_run_folder(config: RunConfig) -> Path:

@@ -1,4 +1,4 @@
-"""Experiment tracking: the only file that knows MLflow. Rank 0 alone uses it.
+"""Experiment tracking: the only file that knows MLflow's runs. Rank 0 alone uses it.
 
     tracker = open_tracker(config.tracking, run_folder, config.name, flatten(config), run_tags(world_size, "cuda"))
     tracker.log_metrics({"train/loss_m": 0.7}, step=10)
@@ -120,8 +120,8 @@ def without_password(text: str) -> str:
 # -------------------------------------------------------------------------------------------------- speaking to MLflow
 
 
-def _quieten() -> None:
-    """Set MLflow's environment where the user has not: no telemetry, nothing on the console, no long waiting."""
+def quieten() -> None:
+    """Before MLflow is imported, set its environment where the user has not: no telemetry, no output, no long waits."""
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -130,6 +130,7 @@ def _quieten() -> None:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread retries; MLflow's own take four minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_UV_AUTO_DETECT": "false",  # else a model gets the files of whatever project one stands in
         "GIT_PYTHON_REFRESH": "quiet",
     }
     for name, value in quiet.items():
@@ -140,7 +141,7 @@ def _quieten() -> None:
 
 def _client(uri: str) -> Any:
     """An MlflowClient whose store has answered; raises whatever that kind of store raises."""
-    _quieten()
+    quieten()
     from mlflow.tracking import MlflowClient
 
     path = database_path(uri)
@@ -640,6 +641,28 @@ def open_tracker(
     tracker.log_parameters(parameters)
     tracker.log_tags(tags)
     return tracker
+
+
+def open_parent(
+    config: TrackingConfig,
+    folder: Path,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    resume: bool = False,
+) -> Tracker:
+    """Start, or continue, a run under which others are shown: they are opened with its `run_id` as `parent_run_id`.
+
+    Args:
+        folder: of its local record, as a run's folder; its name is the run's.
+        parameters: what the runs below share.
+        resume: continue the run that the folder names, where there is one, with all its points.
+
+    Raises:
+        InputError: as `open_tracker`.
+    """
+    everything = sys.maxsize if resume else None
+    return open_tracker(config, folder, folder.name, parameters, tags, resume=resume, resume_step=everything)
 
 
 def reopen_tracker(run_folder: Path) -> Tracker | None:

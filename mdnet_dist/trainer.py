@@ -294,7 +294,7 @@ class Trainer:
             metrics["val/score"] = score
             shown = {
                 name: metrics[f"val/{name}"]
-                for name in ("dca", "bleu4", "loss_m", "loss_l")
+                for name in ("dca" if "val/dca" in metrics else "label_accuracy", "bleu4", "loss_m", "loss_l")
                 if f"val/{name}" in metrics
             }
             say(f"epoch {epoch}/{train.epochs}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
@@ -402,7 +402,7 @@ class Trainer:
             write_config(self.folder, self.config)
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds; another Trainer may follow in this process."""
         self.engine.close()
 
 

@@ -211,8 +211,8 @@ def new_trainer(config: RunConfig, *, resume: bool = False) -> Trainer:
 
 
 def finish(trainer: Trainer) -> None:
-    """Make room for the next one; `Trainer.close` would also leave the group of ranks."""
-    trainer.engine._engine.destroy()
+    """Make room for the next one."""
+    trainer.close()
 
 
 def as_numpy(tensors: dict[str, Tensor]) -> Weights:

@@ -34,13 +34,12 @@ from mdnet_dist.data import (
     Loader,
     TrainingStream,
     check_shards,
-    fit_to_square,
     parts_of,
     read_in_order,
     read_shard,
 )
 from mdnet_dist.errors import InputError
-from mdnet_dist.images import encode_png
+from mdnet_dist.images import encode_png, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, micro_batches, reading_horizon
 from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest, sha256_of

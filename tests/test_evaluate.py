@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdnet_dist.config import load_config
+from mdnet_dist.config import as_yaml, load_config
 from mdnet_dist.data import EvaluationStream
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluate_run import Request, best_and_worst
+from mdnet_dist.evaluate_run import Request
 from mdnet_dist.evaluation import Evaluation, evaluate, recalibrated, reliability_of, score, temperature_of
+from mdnet_dist.explain_run import best_and_worst
 from mdnet_dist.export import CARD, WEIGHTS, export_model, load_card
 from mdnet_dist.run_data import open_part
 from mdnet_dist.saved import open_model, saved_config
@@ -239,8 +240,6 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
 
     tiny_set(tmp_path / "shards")
     path = tmp_path / "tiny.yaml"
-    from mdnet_dist.config import as_yaml
-
     path.write_text(
         as_yaml(tiny_config(tmp_path / "shards", tmp_path / "runs", {"train.epochs": 2, "evaluate.pictures": 2}))
     )
@@ -249,12 +248,15 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
     folder = tmp_path / "runs" / "tiny"
     reported = json.loads((folder / "metrics.json").read_text())
     predicted = (folder / "predictions.jsonl").read_bytes()
+    explained = {path.name: path.read_bytes() for path in (folder / "explained").iterdir()}
+    assert len(explained) == 5, "an index, the best and the worst image"
     assert load_card(folder).temperature != 1.0, "training ends by fitting it"
 
     again = run(sys.executable, "launch/evaluate.py", folder)
     assert again.returncode == 0, again.stderr
     assert json.loads((folder / "metrics.json").read_text()) == reported, "val/ kept, test/ the same"
     assert (folder / "predictions.jsonl").read_bytes() == predicted
+    assert {path.name: path.read_bytes() for path in (folder / "explained").iterdir()} == explained
     last = run(sys.executable, "launch/evaluate.py", folder, "--part", "val", "--checkpoint", "last")
     assert last.returncode == 0, last.stderr
     out = folder / "evaluations" / "val-last"
@@ -276,6 +278,28 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
     assert any(name.endswith("confusion_label.png") for name in shown), shown
     explained = [artifact.path for artifact in client.list_artifacts(run_id, "evaluations/val-last/explained")]
     assert sorted(name.rpartition(".")[2] for name in explained) == ["html", "html", "html", "png", "png"]
+
+
+@pytest.mark.slow
+def test_mlflow_has_the_model_of_a_trained_run(tmp_path: Path) -> None:
+    tiny_set(tmp_path / "shards")
+    config = tiny_config(tmp_path / "shards", tmp_path / "runs")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(as_yaml(config))
+    trained = run(sys.executable, "launch/train.py", path)
+    assert trained.returncode == 0, trained.stderr
+    folder = tmp_path / "runs" / "tiny"
+    run_id = json.loads((folder / "mlflow_run.json").read_text())["run_id"]
+    program = f"""
+import warnings
+warnings.simplefilter("ignore")
+import mlflow
+models = [mlflow.pyfunc.load_model(uri) for uri in ("runs:/{run_id}/model", {str(folder / "mlflow_model")!r})]
+one, other = (model.predict(models[0].input_example).to_dict(orient="records") for model in models)
+assert one == other and one[0]["error"] is None, (one, other)
+"""
+    loaded = run(sys.executable, "-c", program, environment={"MLFLOW_TRACKING_URI": str(config.tracking.uri)})
+    assert loaded.returncode == 0, loaded.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -214,19 +215,28 @@ def test_class_maps_average_to_the_logits() -> None:
     torch.testing.assert_close(maps[1, 2], by_hand.flatten())
 
 
-def test_the_sharpening_map_is_the_predicted_class_standardised_and_detached() -> None:
+def test_the_sharpening_map_is_the_spread_over_classes_standardised_and_detached() -> None:
     torch.manual_seed(6)
     head = ClassMaps(6, 4)
     features = torch.rand(5, 6, 3, 3, requires_grad=True)
-    logits, sharpening_map = head(features)
+    _, sharpening_map = head(features)
     assert not sharpening_map.requires_grad
-    chosen = head.maps(features)[torch.arange(5), logits.argmax(1)]
-    standardised = (chosen - chosen.mean(1, keepdim=True)) / chosen.std(1, correction=0, keepdim=True)
-    torch.testing.assert_close(sharpening_map, standardised.detach(), rtol=1e-3, atol=1e-3)
-    # The scale of the classifier does not change what the attention is told.
+    for image, found in zip(features.detach().flatten(2).double(), sharpening_map):
+        votes = [[float(weight.detach().double() @ image[:, p]) for weight in head.weight] for p in range(9)]
+        spread = [statistics.pstdev(of_position) for of_position in votes]
+        mean, deviation = statistics.fmean(spread), statistics.pstdev(spread)
+        assert found.tolist() == pytest.approx([(value - mean) / deviation for value in spread], abs=1e-3)
     with torch.no_grad():
+        # What adds the same to every class changes no probability, and not what the attention is told.
+        head.weight.add_(torch.randn(6))
+        torch.testing.assert_close(head(features)[1], sharpening_map, rtol=1e-3, atol=1e-3)
+        # Nor does the scale of the classifier.
         head.weight.mul_(20)
     torch.testing.assert_close(head(features)[1], sharpening_map, rtol=1e-3, atol=1e-3)
+
+
+def test_without_several_classes_nothing_is_sharpened() -> None:
+    assert ClassMaps(6, 1)(torch.rand(2, 6, 3, 3))[1].abs().max() == 0
 
 
 def test_rounding_of_a_flat_map_is_not_blown_up_to_a_signal() -> None:

@@ -87,7 +87,7 @@ def loss_with_copies(
     losses = []
     for t in range(longest):
         query = model.query(state[0][0])
-        weights = ((copied.keys + query[:, None]).tanh() @ model.score).softmax(1)
+        weights = ((copied.keys + query[:, None]).tanh() @ model.score + copied.prior).softmax(1)
         contexts = (weights[..., None] * copied.features).sum(1)
         output, state = model.lstm(model.word_embedding(before[:, t : t + 1]), state)
         logits = model.word_logits(output[:, 0], contexts)
@@ -103,7 +103,7 @@ def large_step(loss: Loss, reports: int) -> Callable[[], Tensor]:
     """A step in which the map is by far the largest thing: 14 x 14 positions, every topic said, R reports."""
     torch.manual_seed(0)
     config = LanguageModelConfig(embedding=MANY["E"], hidden=MANY["H"], attention=MANY["A"], dropout=0.0)
-    model = LanguageModel(config, MANY["C"], MANY["K"], MANY["V"], True)
+    model = LanguageModel(config, MANY["C"], MANY["K"], MANY["V"], 1.5)
     features = torch.rand(MANY["B"], MANY["C"], 14, 14, requires_grad=True)
     sharpening_map = torch.randn(MANY["B"], MANY["P"])
     shape = (MANY["B"], reports, MANY["K"])

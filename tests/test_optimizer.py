@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdnet_dist.config import AdamGroup, AdamWConfig, ScheduleConfig, SgdAdamConfig, SgdGroup
+from mdnet_dist.config import (
+    AdamGroup,
+    AdamWConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SgdAdamConfig,
+    SgdConfig,
+    SgdGroup,
+)
 from mdnet_dist.optimizer import PartOptimizer
 from tests.networks import gradient_of, one_thread  # noqa: F401 (one_thread is a fixture)
 
@@ -25,6 +33,13 @@ ADAMW = AdamWConfig(
     image=AdamGroup(lr=1e-3, weight_decay=0.05, schedule=CONSTANT),
     head=AdamGroup(lr=2e-3, schedule=CONSTANT),
     language=AdamGroup(lr=4e-3, betas=[0.5, 0.9], schedule=CONSTANT),
+)
+
+SGD = SgdConfig(
+    kind="sgd",
+    image=SgdGroup(lr=0.1, weight_decay=5e-4, schedule=CONSTANT),
+    head=SgdGroup(lr=0.2, momentum=0.5, weight_decay=0.0, schedule=CONSTANT),
+    language=SgdGroup(lr=0.01, momentum=0.0, nesterov=False, schedule=CONSTANT),
 )
 
 
@@ -44,9 +59,7 @@ def set_gradients(parts: dict[str, list[nn.Parameter]], step: int) -> None:
             )
 
 
-def own_optimizers(
-    parts: dict[str, list[nn.Parameter]], config: SgdAdamConfig | AdamWConfig
-) -> list[torch.optim.Optimizer]:
+def own_optimizers(parts: dict[str, list[nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """PyTorch's optimizers, one for each part."""
     made: list[torch.optim.Optimizer] = []
     for name, weights in parts.items():
@@ -73,12 +86,13 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
     [
         SGD_ADAM,
         ADAMW,
+        SGD,
         SGD_ADAM.model_copy(update={"image": SGD_ADAM.image.model_copy(update={"nesterov": False})}),
         SGD_ADAM.model_copy(update={"image": SGD_ADAM.image.model_copy(update={"momentum": 0.0, "nesterov": False})}),
     ],
-    ids=["sgd_adam", "adamw", "sgd without nesterov", "sgd without momentum"],
+    ids=["sgd_adam", "adamw", "sgd", "sgd without nesterov", "sgd without momentum"],
 )
-def test_every_part_moves_bit_for_bit_as_torch_moves_it(config: SgdAdamConfig | AdamWConfig) -> None:
+def test_every_part_moves_bit_for_bit_as_torch_moves_it(config: OptimizerConfig) -> None:
     ours, theirs = random_parts(), random_parts()
     optimizer, references = PartOptimizer(ours, config), own_optimizers(theirs, config)
     optimizer.schedule(0.3)
@@ -167,8 +181,8 @@ def test_a_step_can_be_skipped() -> None:
     assert not optimizer.moved and equal(flat(parts), weights) and not optimizer.state
 
 
-@pytest.mark.parametrize("config", [SGD_ADAM, ADAMW], ids=["sgd_adam", "adamw"])
-def test_state_taken_over_continues_bit_for_bit(config: SgdAdamConfig | AdamWConfig) -> None:
+@pytest.mark.parametrize("config", [SGD_ADAM, ADAMW, SGD], ids=["sgd_adam", "adamw", "sgd"])
+def test_state_taken_over_continues_bit_for_bit(config: OptimizerConfig) -> None:
     """What a checkpoint holds: the state tensors of a weight's shape, and one count of updates for all."""
     parts, later = random_parts(), random_parts(1)
     first, second = PartOptimizer(parts, config), PartOptimizer(later, config)

@@ -120,9 +120,14 @@ def test_two_ranks_train_score_export_and_log(tmp_path: Path, shards: Path) -> N
     assert logged.data.params["train.global_batch"] == "8"
     assert {"world_size", "mdnet_dist", "torch"} <= {name.rpartition(".")[2] for name in logged.data.tags}
     assert [point.step for point in client.get_metric_history(run_id, "train/loss_l")] == [1, 2, 3, 4, 5, 6]
-    assert {"config.yaml", "metrics.json", "predictions.jsonl", "pictures"} <= {
+    assert {"config.yaml", "metrics.json", "predictions.jsonl", "pictures", "explained", "model"} == {
         artifact.path for artifact in client.list_artifacts(run_id)
     }
+    assert (folder / "explained" / "index.html").exists()
+    assert sorted(artifact.path for artifact in client.list_artifacts(run_id, "model/artifacts")) == [
+        "model/artifacts/model.json",
+        "model/artifacts/model.safetensors",
+    ]
 
 
 @pytest.mark.slow
@@ -176,8 +181,18 @@ def test_a_run_that_was_told_to_stop_continues_to_the_same_weights(tmp_path: Pat
 def test_every_zero_stage_trains_saves_loads_and_scores(
     tmp_path: Path, shards: Path, stage: int, precision: str
 ) -> None:
-    """Sizes that do not divide by two ranks are in it, and the best weights are loaded at the end."""
-    config = write_yaml(tmp_path, shards, train__zero_stage=stage, train__precision=precision)
+    """Sizes that do not divide by two ranks are in it, and the best weights are loaded at the end.
+
+    The ranks have unequal numbers of batches to score, and draw what they score.
+    """
+    config = write_yaml(
+        tmp_path,
+        shards,
+        train__zero_stage=stage,
+        train__precision=precision,
+        evaluate__pictures=2,
+        evaluate__batch=2,
+    )
     finished = run(*deepspeed(2), "launch/train.py", config)
     assert finished.returncode == 0, finished.stderr + finished.stdout
     metrics = json.loads((tmp_path / "runs" / "tiny" / "metrics.json").read_text())
@@ -185,6 +200,7 @@ def test_every_zero_stage_trains_saves_loads_and_scores(
     validated = [point["metrics"]["val/loss_l"] for point in points if "val/loss_l" in point["metrics"]]
     assert metrics["val/loss_l"] == pytest.approx(validated[-1], rel=2e-2 if precision == "bf16" else 1e-5)
     load_model(tmp_path / "runs" / "tiny")
+    assert len(list((tmp_path / "runs" / "tiny" / "explained").glob("*.html"))) == 3, "two images and an index"
 
 
 @pytest.mark.slow

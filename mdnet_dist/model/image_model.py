@@ -9,10 +9,14 @@ Shapes: B images, C channels, h x w map positions.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import CifarImageModel, MedicalImageModel
+
+Padding = Literal["zeros", "reflect"]
 
 
 class Unit(nn.Module):
@@ -22,7 +26,16 @@ class Unit(nn.Module):
     of a stage changes the shape, so there W y, a 1x1 projection, stands for y.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, *, concatenate: bool, project: bool) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        stride: int,
+        *,
+        concatenate: bool,
+        project: bool,
+        padding: Padding = "zeros",
+    ) -> None:
         """Args: channels_out: of F; its bottleneck is a quarter of that."""
         super().__init__()
         bottleneck = channels_out // 4
@@ -33,7 +46,7 @@ class Unit(nn.Module):
             nn.Conv2d(channels_in, bottleneck, 1, stride, bias=False),
             nn.BatchNorm2d(bottleneck),
             nn.ReLU(inplace=True),
-            nn.Conv2d(bottleneck, bottleneck, 3, 1, 1, bias=False),
+            nn.Conv2d(bottleneck, bottleneck, 3, 1, 1, bias=False, padding_mode=padding),
             nn.BatchNorm2d(bottleneck),
             nn.ReLU(inplace=True),
             nn.Conv2d(bottleneck, channels_out, 1, bias=False),
@@ -48,7 +61,7 @@ class Unit(nn.Module):
 
 
 def build_stage(
-    channels_in: int, channels: int, units: int, stride: int, concat_depth: int | str
+    channels_in: int, channels: int, units: int, stride: int, concat_depth: int | str, padding: Padding = "zeros"
 ) -> tuple[nn.Sequential, int]:
     """One stage of units at the same resolution.
 
@@ -56,6 +69,7 @@ def build_stage(
         channels: nOut, what each concatenated unit adds. The stage is 2 nOut wide at concat_depth 0 and 1; each further
             concatenated unit makes it nOut wider.
         concat_depth: how many units at its start concatenate; "full" or more than `units`: all.
+        padding: of the 3x3 convolutions, "zeros" or "reflect".
 
     Returns:
         the stage and its channels out.
@@ -66,12 +80,13 @@ def build_stage(
     for index in range(units):
         first, concatenate = index == 0, index < concatenated
         if concatenate:
-            stage.append(Unit(width, channels, stride if first else 1, concatenate=True, project=first))
-            width = 2 * channels if first else width + channels
+            of_unit, width_out = channels, 2 * channels if first else width + channels
         else:
-            width_out = 2 * channels if first else width
-            stage.append(Unit(width, width_out, stride if first else 1, concatenate=False, project=first))
-            width = width_out
+            of_unit = width_out = 2 * channels if first else width
+        stage.append(
+            Unit(width, of_unit, stride if first else 1, concatenate=concatenate, project=first, padding=padding)
+        )
+        width = width_out
     return nn.Sequential(*stage), width
 
 
@@ -80,6 +95,7 @@ class ImageModel(nn.Module):
 
     def __init__(self, config: MedicalImageModel | CifarImageModel) -> None:
         super().__init__()
+        padding: Padding = "zeros"
         if isinstance(config, CifarImageModel):
             units = [(config.depth - 2) // 9] * 3
             channels, strides = [16 * config.widening, 32 * config.widening, 64 * config.widening // 2], [1, 2, 2]
@@ -87,12 +103,14 @@ class ImageModel(nn.Module):
             self.stem: nn.Module = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         else:
             units, channels, strides = config.units_per_stage, config.stage_channels, list(config.stage_strides)
-            width = config.stem_channels
+            width, padding = config.stem_channels, config.padding
             # The stem needs no BN-ReLU of its own: every unit begins with one.
-            self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1))
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, width, 7, 2, 3, bias=False, padding_mode=padding), nn.MaxPool2d(3, 2, 1)
+            )
         stages = []
         for nout, count, stride in zip(channels, units, strides):
-            stage, width = build_stage(width, nout, count, stride, config.concat_depth)
+            stage, width = build_stage(width, nout, count, stride, config.concat_depth, padding)
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.last = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))

@@ -1,8 +1,11 @@
 """L, the language model: one LSTM that says each topic's sentence while it looks at the map (docs/design.md section 1).
 
     start     E_topic + W_v v                                    one input to the LSTM, giving h_0
-    attention a_t = softmax_p( w . tanh(W_c C_p + W_h h_{t-1} + u A(p)) ),    z_t = sum_p a_t(p) C_p
+    attention a_t = softmax_p( w . tanh(W_c C_p + W_h h_{t-1}) + gamma A(p) ),    z_t = sum_p a_t(p) C_p
     word      p(w_t) = softmax( W_o dropout(tanh(W_1 h_t + W_2 z_t)) ),      h_t = LSTM(E w_{t-1}, h_{t-1})
+
+The class map A(p) stands outside the tanh with a factor gamma that is not learned. Inside, with weights of its own, the
+language loss turned it around: it learned to look where the class evidence is not (docs/results.md).
 
 What the attention sees of the past is h_{t-1} alone, and z_t does not enter the LSTM. So in training, where the words
 are given, the LSTM runs over whole sentences first and the attention is then computed for all of them at once: nothing
@@ -35,7 +38,8 @@ class View(NamedTuple):
     """What L knows of an image, computed once and shared by its topics, reports and words."""
 
     features: Tensor  # (B, P, C)
-    keys: Tensor  # (B, P, A): W_c C_p + u A(p), all that does not depend on the words
+    keys: Tensor  # (B, P, A): W_c C_p
+    prior: Tensor  # (B, P): gamma A(p), 0 without sharpening
     pooled: Tensor  # (B, C): v
 
 
@@ -127,8 +131,8 @@ class _LSTM(nn.LSTM):
 class LanguageModel(nn.Module):
     """theta_L: embeddings, LSTM, attention, output."""
 
-    def __init__(self, config: LanguageModelConfig, channels: int, topics: int, words: int, sharpen: bool) -> None:
-        """Args: channels: C of the map; topics: K; words: V, the special ones included; sharpen: attention uses A."""
+    def __init__(self, config: LanguageModelConfig, channels: int, topics: int, words: int, sharpness: float) -> None:
+        """Args: channels: C of the map; topics: K; words: V, the special ones included; sharpness: gamma."""
         super().__init__()
         self.topic_embedding = nn.Embedding(topics, config.embedding)
         self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
@@ -138,13 +142,13 @@ class LanguageModel(nn.Module):
         if self.attends:
             self.key = nn.Linear(channels, config.attention)  # W_c
             self.query = nn.Linear(config.hidden, config.attention, bias=False)  # W_h
-            self.sharpening = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1)) if sharpen else None  # u
             self.score = nn.Parameter(torch.empty(config.attention).uniform_(-0.1, 0.1))  # w
         self.from_hidden = nn.Linear(config.hidden, config.embedding)  # W_1
         if self.attends:
             self.from_context = nn.Linear(channels, config.embedding, bias=False)  # W_2
         self.output = nn.Linear(config.embedding, words)  # W_o
         self.dropout = nn.Dropout(config.dropout)
+        self.sharpness = sharpness  # gamma
 
     def look(self, features: Tensor, sharpening_map: Tensor | None) -> View:
         """Compute what all sentences of an image share.
@@ -154,12 +158,11 @@ class LanguageModel(nn.Module):
             sharpening_map: A(p), (B, P); None for attention without it.
         """
         positions = features.flatten(2).transpose(1, 2)
-        if not self.attends:
-            return View(positions, positions[..., :0], features.mean((2, 3)))
-        keys = self.key(positions)
-        if self.sharpening is not None and sharpening_map is not None:
-            keys = keys + sharpening_map[..., None].to(keys.dtype) * self.sharpening.to(keys.dtype)
-        return View(positions, keys, features.mean((2, 3)))
+        prior = positions.new_zeros(positions.shape[:2], dtype=torch.float32)
+        if sharpening_map is not None:
+            prior = self.sharpness * sharpening_map.float()
+        keys = self.key(positions) if self.attends else positions[..., :0]
+        return View(positions, keys, prior, features.mean((2, 3)))
 
     def starts(self, view: View) -> Tensor:
         """The LSTM's first input for every image and topic: (B, K, E)."""
@@ -182,7 +185,7 @@ class LanguageModel(nn.Module):
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
-            weights = scores.softmax(-1)
+            weights = (scores + view.prior[:, None]).softmax(-1)
         return weights.to(view.features.dtype) @ view.features, weights
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:

@@ -48,9 +48,11 @@ class MDNet(nn.Module):
         self.blend = GradientBlend()
         # A set without labels still builds: M then has one class that no image carries, and L_M stays zero.
         self.class_maps = ClassMaps(self.image_model.channels, max(1, classes))
-        self.sharpen = config.sharpening == "cam"
+        self.sharpen = config.sharpening == "cam" and topics > 0
         self.language_model = (
-            LanguageModel(config.language, self.image_model.channels, topics, words, self.sharpen) if topics else None
+            LanguageModel(config.language, self.image_model.channels, topics, words, config.sharpness)
+            if topics
+            else None
         )
 
     def forward(
@@ -65,21 +67,20 @@ class MDNet(nn.Module):
             lengths: (B, R, K), on the CPU.
         """
         features_m, features_l = self.blend(self.image_model(images))
-        logits, sharpening_map = self.class_maps(features_m)
+        logits, sharpening_map = self.class_maps(features_m, self.sharpen)
         loss_m = F.cross_entropy(
             logits.float(), labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=label_smoothing
         )
         if self.language_model is None:
             return Losses(loss_m, loss_m.new_zeros(()))
-        told = self.language_model(features_l, sharpening_map if self.sharpen else None, tokens, lengths)
+        told = self.language_model(features_l, sharpening_map, tokens, lengths)
         return Losses(loss_m, self.language_model.word_losses(told).sum())
 
     @torch.no_grad()
     def see(self, images: Tensor) -> Seen:
         """All that is known of images before a word is said, for evaluation: images as for `forward`."""
         features = self.image_model(images)
-        logits, sharpening_map = self.class_maps(features)
-        return Seen(features, logits, sharpening_map if self.sharpen else None)
+        return Seen(features, *self.class_maps(features, self.sharpen))
 
     def parts(self) -> dict[str, nn.Module]:
         """theta_D, theta_M and theta_L under the names that the optimiser's groups carry."""
