@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdnet_dist.metrics.reports import ScoredImage, people_score, score_reports
@@ -67,31 +69,68 @@ reports = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(st.tuples(reports, st.lists(reports, min_size=1, max_size=4)), min_size=1, max_size=5))
-def test_captions_score_the_same_joined_or_by_topic(said: list[tuple[Report, list[Report]]]) -> None:
-    """All scores of captions and of the diagnosis, number by number; what people say of each other too."""
+some_topics = reports.flatmap(
+    lambda report: st.sets(st.sampled_from(TOPICS)).map(
+        lambda left_out: {t: report[t] for t in TOPICS if t not in left_out}
+    )
+)
+
+
+def joined_image(image: ScoredImage) -> ScoredImage:
+    references = [join_topics(reference, TOPICS) for reference in image.references]
+    return replace(image, report=join_topics(image.report, TOPICS), references=references)
+
+
+@settings(max_examples=60, deadline=None)  # the first call may load WordNet for METEOR
+@given(st.lists(st.tuples(reports, reports, st.lists(some_topics, max_size=2)), min_size=1, max_size=3))
+def test_captions_score_the_same_joined_or_by_topic(said: list[tuple[Report, Report, list[Report]]]) -> None:
+    """All scores of captions and of the diagnosis, number by number; what people say of each other too.
+
+    Somebody describes every topic of an image here, the others what they like.
+    """
     by_topic = [
-        ScoredImage(key=str(i), label="low", predicted_label="high", report=report, references=references)
-        for i, (report, references) in enumerate(said)
+        ScoredImage(key=str(i), label="low", predicted_label="high", report=report, references=[*others, reference])
+        for i, (report, reference, others) in enumerate(said)
     ]
-    joined = [
-        ScoredImage(
-            key=image.key,
-            label=image.label,
-            predicted_label=image.predicted_label,
-            report=join_topics(image.report, TOPICS),
-            references=[join_topics(reference, TOPICS) for reference in image.references],
-        )
-        for image in by_topic
+    joined = [joined_image(image) for image in by_topic]
+    one, other = (
+        score_reports(images, topics, CONCLUSIONS, ["low", "high"]) for images, topics in both(by_topic, joined)
+    )
+    compare_captions(one, other)
+    # What people say of each other, where the first one's topics are all described by those to whom it is compared.
+    told = [replace(image, references=[*image.references[::-1], image.report]) for image in by_topic]
+    people = [
+        people_score(images, topics, CONCLUSIONS, ["low", "high"])
+        for images, topics in both(told, [joined_image(image) for image in told])
     ]
-    topics, classes = joined_topics(TOPICS), ["low", "high"]
-    for scores in (score_reports, people_score):
-        one, other = scores(by_topic, TOPICS, CONCLUSIONS, classes), scores(joined, topics, CONCLUSIONS, classes)
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            whole = [name for name in one if "/" not in name]
-            assert {"bleu4", "rouge_l", "cider", "dca"} <= set(whole)
-            assert [one[name] for name in whole] == [other[name] for name in whole]
+    assert people[0] is not None and people[1] is not None
+    compare_captions(people[0], people[1])
+
+
+def both(by_topic: list[ScoredImage], joined: list[ScoredImage]) -> list[tuple[list[ScoredImage], list[str]]]:
+    return [(by_topic, TOPICS), (joined, joined_topics(TOPICS))]
+
+
+def compare_captions(one: dict[str, float], other: dict[str, float]) -> None:
+    whole = [name for name in one if "/" not in name]
+    assert {"bleu4", "rouge_l", "cider", "dca"} <= set(whole)
+    assert [one[name] for name in whole] == [other[name] for name in whole]
+
+
+def test_what_nobody_describes_can_be_left_out_by_topic_only() -> None:
+    image = ScoredImage(
+        key="0",
+        label="low",
+        predicted_label=None,
+        report={"size": "large", "crowding": "mild", CONCLUSION: "low grade"},
+        references=[{"size": "large", CONCLUSION: "low grade"}],
+    )
+    by_topic, joined = (
+        score_reports(images, topics, CONCLUSIONS, ["low", "high"])
+        for images, topics in both([image], [joined_image(image)])
+    )
+    assert by_topic["bleu1"] == pytest.approx(1) and joined["bleu1"] == pytest.approx(3 / 4)
+    assert by_topic["dca"] == joined["dca"] == 1
 
 
 @given(reports)
