@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,17 +67,36 @@ class _Runs:
         return Path.touch, (self.made,)
 
 
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
+EVIL: list[Callable[[_Runs, Path], Any]] = [
+    torch.save,
+    *(lambda runs, path, protocol=protocol: path.write_bytes(pickle.dumps(runs, protocol)) for protocol in (0, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("write_evil", EVIL, ids=["torch", "protocol 0", "protocol 2", "protocol 4"])
+def test_nothing_in_a_file_is_executed(write_evil: Callable[[_Runs, Path], Any], tmp_path: Path) -> None:
     made, path = tmp_path / "made", tmp_path / "evil.pth"
-    for write_evil in (lambda file: torch.save(_Runs(made), file), lambda file: pickle.dump(_Runs(made), file, 2)):
-        with open(path, "wb") as file:
-            write_evil(file)
+    write_evil(_Runs(made), path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         with pytest.raises(InputError, match=r"evil\.pth: holds something else than weights") as refused:
             pretrained_weights(model(path))
-        assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not told, "one line is enough"
     assert not made.exists()
-    pickle.loads(path.read_bytes())
-    assert made.exists(), "the file was harmless"
+    if write_evil is not torch.save:
+        pickle.loads(path.read_bytes())
+        assert made.exists(), "the file was harmless"
+
+
+def test_another_pickle_protocol_is_read_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "googlenet.pth"
+    torch.save(published_weights(), path, pickle_protocol=3)
+    with pytest.warns(UserWarning, match="pickle protocol"):  # what is kept from the user
+        torch.load(path, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pretrained_weights(model(path)) is not None
 
 
 def without(name: str) -> dict[str, Tensor]:
