@@ -8,6 +8,7 @@ batch normalisation behind the first convolution takes up as it is fine-tuned.
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if path.suffix != ".pth":
             raise InputError(f"{path}: model.image.pretrained must end in .pth or .safetensors")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # pickle protocols, TorchScript: refused below or harmless
             found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(

@@ -2,7 +2,8 @@
 
 The network says the sentences of all topics in one, the conclusion last. What it says is split into two topics:
 "conclusion", read off its end, and "report", all before it. People's reports are joined in the same way, so that the
-words of a report, and with them all scores of whole captions, stay what they are topic by topic.
+words of a report, and with them all scores of whole captions, stay what they are topic by topic. One thing differs: of
+an image on one of whose topics nobody spoke, what the network says on it cannot be told apart in "report" and counts.
 """
 
 from __future__ import annotations

@@ -307,6 +307,8 @@ def test_wrong_overrides_are_named(override: str, message: str) -> None:
         (["model.image={form: cifar, depth: 12}"], ["depth 12", "9n + 2"]),
         (["model.image.stage_channels=[8, 8]"], ["stage_channels [8, 8]", "units_per_stage [3, 4, 6, 3]"]),
         (["model.image.stage_channels=[8, 8, 8, 6]"], ["stage_channels [8, 8, 8, 6]", "multiples of 4"]),
+        (["model.image={form: googlenet, width: 0.5, pretrained: a.pth}"], ["width 0.5", "pretrained a.pth"]),
+        (["model.language.attention=0"], ["sharpening cam", "language.attention 0"]),
         (["optimizer.image.schedule.milestones=[0.5, 0.2]"], ["milestones [0.5, 0.2] must rise"]),
         (["optimizer.head.betas=[0.9]"], ["betas [0.9]", "two numbers below 1"]),
         (["blend.beta={kind: piecewise, knots: [[0.5, 0.1], [0.5, 0.2]]}"], ["[0.5, 0.5] must rise"]),

@@ -13,6 +13,7 @@ from tests.networks import gradient_of, one_thread, ragged_tokens, relative_diff
 
 B, R, K, T, H, W, C, V = 4, 3, 2, 5, 2, 3, 7, 12
 CONFIG = LanguageModelConfig(embedding=6, hidden=5, attention=4, dropout=0.0)
+NEEDED_TO_ATTEND = {"key", "query", "score", "sharpening", "from_context"}
 
 
 SHARPNESS = 1.5
@@ -213,3 +214,40 @@ def test_attention_scores_equal_the_plain_formula_and_pass_gradcheck(
     plain = ((keys[:, None] + queries[:, :, None]).tanh() * weight).sum(-1)
     torch.testing.assert_close(_AttentionScores.apply(keys, queries, weight), plain)
     assert torch.autograd.gradcheck(_AttentionScores.apply, (keys, queries, weight))
+
+
+# --------------------------------------------------------------------------------------------------- without attention
+
+
+def test_without_attention_it_equals_a_plain_loop_and_looks_everywhere_alike() -> None:
+    """NeuralTalk: the image enters through the LSTM's first input alone, and a word follows from h_t alone."""
+    model = model_of(sharpen=False, config=CONFIG.model_copy(update={"attention": 0}))
+    (features, _), (tokens, lengths) = random_map(), texts()
+    assert not [name for name, _ in model.named_parameters() if name.split(".")[0] in NEEDED_TO_ATTEND]
+    features.requires_grad_()
+    told = model(features, None, tokens, lengths)
+    losses = model.word_losses(told)
+    losses.sum().backward()
+
+    weights, features_too = double_weights(model), features.detach().double().requires_grad_()
+    total = torch.zeros((), dtype=torch.double)
+    for b, r, k in (lengths > 0).nonzero().tolist():
+        words = tokens[b, r, k, : int(lengths[b, r, k])].tolist()
+        h = c = torch.zeros(CONFIG.hidden, dtype=torch.double)
+        v = sum(features_too[b].flatten(1).T) / (H * W)
+        start = weights["start_projection.weight"] @ v + weights["start_projection.bias"]
+        h, c = lstm_step(weights, start + weights["topic_embedding.weight"][k], h, c)
+        for previous, word in zip([START, *words[:-1]], words):
+            h, c = lstm_step(weights, weights["word_embedding.weight"][previous], h, c)
+            inner = (weights["from_hidden.weight"] @ h + weights["from_hidden.bias"]).tanh()
+            logits = weights["output.weight"] @ inner + weights["output.bias"]
+            total = total + logits.exp().sum().log() - logits[word]
+    total.backward()
+
+    assert losses.sum().item() == pytest.approx(total.item(), rel=1e-6)
+    assert relative_difference(gradient_of(features), gradient_of(features_too)) < 1e-5
+    for name, weight in model.named_parameters():
+        assert relative_difference(gradient_of(weight), gradient_of(weights[name])) < 1e-5, name
+    real = (torch.arange(T) < lengths[..., None]).float()
+    everywhere = real[..., None].expand(*real.shape, H * W) / (H * W)
+    torch.testing.assert_close(told.attention(tokens), everywhere)

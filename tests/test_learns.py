@@ -35,10 +35,12 @@ def eight_reports() -> list[dict[str, str]]:
 
 def encode(reports: list[dict[str, str]], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """Tokens (B, 1, K, T) and lengths (B, 1, K)."""
-    sentences = [
-        [vocabulary.encode(tokenize(report[topic])) if topic in report else [] for topic in TOPICS]
-        for report in reports
-    ]
+    return encode_sentences([[report.get(topic, "") for topic in TOPICS] for report in reports], vocabulary)
+
+
+def encode_sentences(reports: list[list[str]], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Tokens (B, 1, K, T) and lengths (B, 1, K) of reports of K sentences, of which the empty ones are missing."""
+    sentences = [[vocabulary.encode(tokenize(said)) if said else [] for said in report] for report in reports]
     longest = max(len(sentence) for report in sentences for sentence in report)
     tokens = [[sentence + [PAD] * (longest - len(sentence)) for sentence in report] for report in sentences]
     lengths = [[len(sentence) for sentence in report] for report in sentences]
