@@ -185,7 +185,9 @@ class LanguageModel(nn.Module):
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
-            weights = (scores + view.prior[:, None]).softmax(-1)
+            if self.sharpness:
+                scores = torch.tanh(scores - scores.mean(-1, keepdim=True)) + view.prior[:, None]
+            weights = scores.softmax(-1)
         return weights.to(view.features.dtype) @ view.features, weights
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
