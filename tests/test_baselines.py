@@ -91,7 +91,7 @@ def weights(config: RunConfig, topics: int) -> int:
 
 
 def test_whole_reports_are_memorised_and_their_conclusions_read_off() -> None:
-    reports = eight_reports()
+    reports = eight_reports()[::2]
     topics = ["size", "crowding", CONCLUSION]
     vocabulary = Vocabulary(sorted({word for report in reports for said in report.values() for word in tokenize(said)}))
     config = ModelConfig(
@@ -101,23 +101,23 @@ def test_whole_reports_are_memorised_and_their_conclusions_read_off() -> None:
     )
     card = card_of(config, topics, vocabulary, {name: {name: 1} for name in {r[CONCLUSION] for r in reports}})
     tokens, lengths = encode_sentences([[as_one_sentence(report, card.topics_read)] for report in reports], vocabulary)
-    labels = torch.arange(8) % 3
+    labels = torch.arange(4) % 3
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     network = card.build()
     optimizer = optimizer_of(network, image_rate=0.02, rate=0.01)
-    for _ in range(250):
+    for _ in range(100):
         network.blend.set(0.5, 1.0)
         losses = network(card.normalise(images), labels, tokens, lengths)
         optimizer.zero_grad()
-        (losses.m / 8 + losses.l / lengths.sum()).backward()
+        (losses.m / 4 + losses.l / lengths.sum()).backward()
         optimizer.step()
     network.eval()
     for width in (1, 3):
-        answers = answers_of(network, card, card.normalise(images), width)
+        answers = answers_of(network, card, images, width)
         said = [{topic: " ".join(words) for topic, words in image.items()} for image in answers.words]
         assert said == [join_topics(report, topics) for report in reports]
-        for answer in split_answers(network, card, answers, range(8)):
+        for answer in split_answers(network, card, answers, range(4)):
             for topic, words in answer.words.items():
                 assert answer.attention[topic].shape == (len(words), 2, 2)
                 assert np.allclose(answer.attention[topic], 1 / 4)
@@ -166,7 +166,7 @@ def test_the_network_is_told_whole_reports(saved: Path) -> None:
 
 def test_it_is_evaluated_in_its_own_topics(saved: Path) -> None:
     result = evaluate_run(Request(run=saved, out=saved / "evaluated"))
-    assert "dca" in result.metrics or any(name.endswith("dca") for name in result.metrics)
+    assert result.metrics.keys() >= {f"test/{name}" for name in ("bleu4", "dca", "exact/report", "exact/conclusion")}
     lines = [json.loads(line) for line in (saved / "evaluated" / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 7
     for line in lines:

@@ -13,9 +13,7 @@ from tests.networks import gradient_of, one_thread, ragged_tokens, relative_diff
 
 B, R, K, T, H, W, C, V = 4, 3, 2, 5, 2, 3, 7, 12
 CONFIG = LanguageModelConfig(embedding=6, hidden=5, attention=4, dropout=0.0)
-NEEDED_TO_ATTEND = {"key", "query", "score", "sharpening", "from_context"}
-
-
+NEEDED_TO_ATTEND = {"key", "query", "score", "from_context"}
 SHARPNESS = 1.5
 
 
@@ -221,9 +219,10 @@ def test_attention_scores_equal_the_plain_formula_and_pass_gradcheck(
 
 def test_without_attention_it_equals_a_plain_loop_and_looks_everywhere_alike() -> None:
     """NeuralTalk: the image enters through the LSTM's first input alone, and a word follows from h_t alone."""
-    model = model_of(sharpen=False, config=CONFIG.model_copy(update={"attention": 0}))
+    model = model_of(config=CONFIG.model_copy(update={"attention": 0}))
     (features, _), (tokens, lengths) = random_map(), texts()
-    assert not [name for name, _ in model.named_parameters() if name.split(".")[0] in NEEDED_TO_ATTEND]
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert names == {name.split(".")[0] for name, _ in model_of().named_parameters()} - NEEDED_TO_ATTEND
     features.requires_grad_()
     told = model(features, None, tokens, lengths)
     losses = model.word_losses(told)
