@@ -285,6 +285,7 @@ def test_a_fold_that_fails_ends_it_and_names_its_log(config: Path, tmp_path: Pat
     assert "not finite" in log.read_text()
 
 
+@pytest.mark.slow
 def test_wrong_commands_end_with_one_line(config: Path) -> None:
     for arguments, named in (
         (["--at-once", "0"], "--at-once 0: must be at least 1"),
