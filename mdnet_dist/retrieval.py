@@ -335,6 +335,7 @@ def recall(scores: NDArray[np.float64], relevant: Sequence[int], k: int) -> floa
         scores: (N), of each image.
         relevant: places of the images that are looked for, at least one.
     """
+    scores = np.where(np.isnan(scores), -np.inf, scores)  # of a network that is not finite: last, all alike
     k = min(k, len(scores))
     last = np.partition(scores, len(scores) - k)[len(scores) - k]  # the k-th best
     better, tied = scores > last, scores == last

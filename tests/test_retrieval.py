@@ -125,6 +125,7 @@ def test_recall_of_hand_made_scores() -> None:
     assert [recall(scores, [2], k) for k in (1, 2, 3, 9)] == [0, 0, 1, 1]
     assert recall(scores, [1, 2], 2) == 0.5  # places 1 and 2 hold one of the two
     assert recall(scores, [0, 1, 2], 2) == 0.5  # two places cannot hold three: one of two
+    assert recall(np.array([np.nan, 0.9, np.nan, 0.7]), [0], 3) == 0.5  # what is no number comes last
     tied = np.array([0.5, 0.5, 0.5, 0.9])
     assert recall(tied, [0], 2) == pytest.approx(1 / 3)  # one place is left for three that are alike
     assert recall(tied, [0, 1], 2) == pytest.approx(1 / 3)
