@@ -62,6 +62,8 @@ def run_program(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+        if (distributed := sys.modules.get("mdnet_dist.distributed")) is not None:
+            distributed.leave()  # a process that ends inside a group of ranks may be aborted, and lose its exit code
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
