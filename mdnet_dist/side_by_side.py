@@ -215,7 +215,7 @@ def _signals_held_back() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    asking: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         asking = ()  # Python lets only the main thread handle signals
     # One that is ignored stays so: nohup ignores SIGHUP. One whose handler is not Python's (None) cannot be put back.

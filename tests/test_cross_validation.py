@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,11 +35,12 @@ from mdnet_dist.cross_validation import (
     summary_metrics,
     table_text,
 )
-from mdnet_dist.cross_validation_run import Request
+from mdnet_dist.cross_validation_run import Request, _write_table
 from mdnet_dist.errors import InputError
 from mdnet_dist.figures import draw_folds
 from mdnet_dist.shards import ShardManifest, load_manifest
 from mdnet_dist.side_by_side import Devices
+from mdnet_dist.tracking import Tracker
 from tests.conftest import REPOSITORY
 from tests.test_train import _environment, run
 from tests.tiny import tiny_config, tiny_set
@@ -256,6 +258,30 @@ def test_the_table_as_people_read_it() -> None:
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
     draw_folds({"DCA": {"mdnet": [60.0, 70.0], "other": [65.0]}, "BLEU-4": {"mdnet": [50.0]}}, tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_means_of_more_folds_are_logged_at_a_step_of_their_own(
+    config: Path, manifest: ShardManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracker sends no step twice (`open_parent`): at the same step the store would keep the means of one fold."""
+    monkeypatch.setattr("mdnet_dist.cross_validation.parameters_of", lambda folder: 7)
+    models = plan_models(str(config), [], [], BASELINES)
+    runs = plan_folds(models, manifest, None, tmp_path)
+    prepare_folder(tmp_path, models)
+    logged: list[tuple[int, dict[str, float]]] = []
+    sent: list[Path] = []
+    tracker = SimpleNamespace(
+        log_metrics=lambda metrics, step: logged.append((step, metrics)), log_artifact=lambda path: sent.append(path)
+    )
+    for run_of_fold, dca in zip(runs[:2], (0.5, 0.7)):
+        run_of_fold.folder.mkdir(parents=True)
+        (run_of_fold.folder / "metrics.json").write_text(json.dumps({"test/dca": dca}))
+        _write_table(tmp_path, runs, manifest, cast("Tracker", tracker))
+    assert logged[0] == (1, {"mdnet/dca_mean": 0.5})
+    assert logged[1][0] == 2
+    assert logged[1][1] == pytest.approx({"mdnet/dca_mean": 0.6, "mdnet/dca_std": 0.02**0.5})
+    assert {path.name for path in sent} == {"config.yaml", "table.md", "table.png", "results.json"}
+    assert "2 folds of 3 by patient" in (tmp_path / "table.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
