@@ -42,7 +42,7 @@ from mdnet_dist.figures import draw_folds
 from mdnet_dist.run_folder import CONFIG
 from mdnet_dist.shards import ShardManifest, load_manifest, write_atomically
 from mdnet_dist.side_by_side import Job, Running, run_side_by_side
-from mdnet_dist.tracking import RUN_NAME, Tracker, open_tracker, run_tags
+from mdnet_dist.tracking import RUN_NAME, Tracker, open_parent, run_tags
 
 LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
 
@@ -80,15 +80,8 @@ def cross_validate(request: Request) -> Path:
     runs = plan_folds(request.models, manifest, request.folds, folder)
     prepare_folder(folder, request.models, runs)
     with _alone_in(folder) as lock, _stopped_by_signals():
-        tracker = open_tracker(
-            config.tracking,
-            folder,
-            folder.name,
-            flatten(config),
-            run_tags(request.accelerators, "gpu" if request.gpus else "cpu"),
-            resume=(folder / RUN_NAME).exists(),
-            resume_step=0,
-        )
+        tags = run_tags(request.accelerators, "gpu" if request.gpus else "cpu")
+        tracker = open_parent(config.tracking, folder, flatten(config), tags, resume=(folder / RUN_NAME).exists())
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             _train_missing(request, runs, tracker.run_id, lock)

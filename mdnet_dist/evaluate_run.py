@@ -94,6 +94,7 @@ def evaluate_run(request: Request) -> Result:
             device=device,
             beam_width=beam_width,
             nltk_data=nltk_data,
+            queries=data.queries(parts),
         )
     metrics = {f"{request.part}/{name}": value for name, value in evaluation.metrics.items()}
     if is_first():

@@ -38,6 +38,7 @@ from mdnet_dist.metrics.localization import (
 from mdnet_dist.metrics.reports import ScoredImage, said_class, score_reports
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.predict import Answer, Answers, answers_of, predicted_class, split_answers
+from mdnet_dist.retrieval import Queries, log_likelihoods, recalls
 from mdnet_dist.shards import CONCLUSION, Report
 
 
@@ -60,6 +61,7 @@ class Prediction:
     reports: list[Report] = field(default_factory=list)  # by people, in their own topics
     grades: dict[str, str] = field(default_factory=dict)  # true grades, where the set knows them
     localization: dict[str, Localization] = field(default_factory=dict)  # by map, where the image has a mask
+    query_likelihoods: tuple[float, ...] = ()  # of each sentence of `Queries`, where images are looked for
 
     def scored(self) -> ScoredImage:
         """What the report metrics look at."""
@@ -78,7 +80,7 @@ class Prediction:
     def as_line(self) -> dict[str, Any]:
         """The JSON object of predictions.jsonl."""
         fields = asdict(self)
-        for name in ("loss_m", "loss_l", "tokens", "logits", "reports", "grades", "localization"):
+        for name in ("loss_m", "loss_l", "tokens", "logits", "reports", "grades", "localization", "query_likelihoods"):
             del fields[name]
         return fields
 
@@ -111,6 +113,7 @@ def evaluate(
     beam_width: int = 1,
     nltk_data: Path | None = None,
     pictures: int = 0,
+    queries: Queries | None = None,
 ) -> Evaluation:
     """Decode and score this rank's batches, then put all ranks' together. Collective.
 
@@ -119,13 +122,14 @@ def evaluate(
         batches: from an `EvaluationStream`, references and all.
         nltk_data: where WordNet is, for METEOR.
         pictures: for how many of the first rank's images to keep the attention.
+        queries: reports by which images are looked for; None does without `recall_at_...`.
     """
     predictions: list[Prediction] = []
     explained: list[Explained] = []
     problem: InputError | None = None
     try:
         for batch in batches:
-            done, shown = _predict(network, card, batch, device, beam_width, max(0, pictures - len(explained)))
+            done, shown = _predict(network, card, batch, device, beam_width, max(0, pictures - len(explained)), queries)
             predictions += done
             explained += shown
     except InputError as error:
@@ -134,11 +138,13 @@ def evaluate(
     gathered = sorted(
         (prediction for part in gather(predictions) for prediction in part), key=lambda prediction: prediction.key
     )
-    metrics = on_first(lambda: score(gathered, card, nltk_data))
+    metrics = on_first(lambda: score(gathered, card, nltk_data, queries))
     return Evaluation(metrics=metrics, predictions=gathered if is_first() else [], explained=explained)
 
 
-def score(predictions: list[Prediction], card: ModelCard, nltk_data: Path | None = None) -> dict[str, float]:
+def score(
+    predictions: list[Prediction], card: ModelCard, nltk_data: Path | None = None, queries: Queries | None = None
+) -> dict[str, float]:
     """All scores of some predictions, whatever their order."""
     metrics = score_reports(
         [prediction.scored() for prediction in predictions], card.topics, card.conclusions, card.classes, nltk_data
@@ -154,6 +160,8 @@ def score(predictions: list[Prediction], card: ModelCard, nltk_data: Path | None
     masked = [prediction.localization for prediction in predictions if prediction.localization]
     if masked:
         metrics |= {"masked_images": float(len(masked)), **mean_localization(masked)}
+    if queries:
+        metrics |= recalls(queries, {one.key: one.query_likelihoods for one in predictions})
     return metrics
 
 
@@ -167,12 +175,23 @@ def main_score(metrics: dict[str, float], name: str) -> float | None:
 
 
 def _predict(
-    network: MDNet, card: ModelCard, batch: Batch, device: torch.device, beam_width: int, pictures: int
+    network: MDNet,
+    card: ModelCard,
+    batch: Batch,
+    device: torch.device,
+    beam_width: int,
+    pictures: int,
+    queries: Queries | None,
 ) -> tuple[list[Prediction], list[Explained]]:
     batch = batch.to(device)
     answers = answers_of(network, card, batch.images, beam_width)
     losses_m = F.cross_entropy(answers.logits, batch.labels.cpu(), ignore_index=NO_LABEL, reduction="none")
     losses_l = _losses_l(network, answers, batch)
+    likelihoods = np.zeros((len(batch.keys), 0))
+    if queries and network.language_model is not None:
+        likelihoods = log_likelihoods(
+            network.language_model, answers.features, answers.sharpening_map, queries.sentences
+        )
     class_of = classes_of_conclusions(card.conclusions)
     predictions = []
     for i, (key, record) in enumerate(zip(batch.keys, batch.records)):
@@ -193,6 +212,7 @@ def _predict(
             reports=record.reports,
             grades=record.grades,
             localization=_localization(network, card, answers, i, batch.masks[i], key),
+            query_likelihoods=tuple(likelihoods[i].tolist()),
         )
         if labelled and CONCLUSION in card.topics:
             prediction = replace(prediction, dca_correct=said_class(prediction.scored(), class_of) == record.label)

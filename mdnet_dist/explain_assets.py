@@ -9,7 +9,7 @@ h2{font-size:1.15rem;margin:.6rem 0}h3{font-size:1rem;margin:0}
 p{margin:.35rem 0}a{color:var(--link)}.crumbs a{margin-right:1rem}
 button{font:inherit;color:inherit;cursor:pointer}
 :focus-visible{outline:3px solid var(--accent);outline-offset:1px}
-main{display:grid;grid-template-columns:minmax(0,27rem) minmax(0,1fr);gap:1.5rem;align-items:start}
+main{display:grid;grid-template-columns:clamp(15rem,75vh,27rem) minmax(0,1fr);gap:1.5rem;align-items:start}
 .viewer{position:sticky;top:.5rem;background:#fff;z-index:1}
 .stage{position:relative;width:100%;aspect-ratio:1;border:1px solid var(--line)}
 .base{background-size:100% 100%}
@@ -19,7 +19,7 @@ main{display:grid;grid-template-columns:minmax(0,27rem) minmax(0,1fr);gap:1.5rem
 #outline:not([src]),[hidden]{display:none!important}
 #caption{min-height:3.1em}
 .scale{display:flex;gap:.5rem;align-items:center;font-size:.9rem;min-height:1.5em}
-.scale img{width:9rem;height:.8rem;border:1px solid var(--line)}
+.scale{white-space:nowrap}.scale img{width:9rem;min-width:3rem;height:.8rem;border:1px solid var(--line)}
 .topic{display:grid;grid-template-columns:6.5rem minmax(0,1fr);gap:.8rem;padding:.7rem 0;border-top:1px solid #d0d0d0}
 .thumb{position:relative;display:block;width:6.5rem;height:6.5rem;padding:0;overflow:hidden}
 .thumb{border:1px solid var(--line);background:#fff}
@@ -44,7 +44,9 @@ footer{margin-top:1.5rem;border-top:1px solid #d0d0d0;padding-top:.5rem;font-siz
 @media (max-width:48rem){
  main{grid-template-columns:minmax(0,1fr);gap:.5rem}
  .viewer{top:0;padding-bottom:.3rem;border-bottom:1px solid var(--line)}
- .stage{width:min(100%,40vh);margin:auto}
+ .stage{width:min(100%,36vh);margin:auto}
+ .scale img{width:6rem}
+ .topic button,.class{scroll-margin-top:56vh}
  #caption{font-size:.85rem;min-height:2.9em}
  .topic{grid-template-columns:4.5rem minmax(0,1fr)}.topic .thumb{width:4.5rem;height:4.5rem}
  .class{width:calc(50% - .5rem)}

@@ -304,6 +304,51 @@ def draw_reliability(found: Reliability, path: Path) -> None:
     _write(figure, path)
 
 
+def draw_contact_sheet(
+    images: Sequence[np.ndarray],
+    maps: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
+    captions: Sequence[Sequence[str]],
+    title: str,
+    path: Path,
+) -> None:
+    """Images found by a sentence, each beside where the network looked for it; annotations are outlined.
+
+    Args:
+        images: (S, S, 3) uint8, the best first.
+        maps: (h, w) attention, summing to 1.
+        masks: (S, S) or None.
+        captions: lines to print below each image.
+        path: of the picture.
+    """
+    columns = min(4, len(images))
+    rows = math.ceil(len(images) / columns)
+    width, height = 3.5 * columns + 0.3, 2.75 * rows + 2.0
+    figure = _new_figure(width, height)
+    figure.suptitle(_name(title, 110), size=12, x=0.02, y=1 - 0.12 / height, ha="left", va="top")
+    grid = figure.add_gridspec(
+        rows, columns, left=0.02, right=0.98, top=1 - 0.75 / height, bottom=1.7 / height, hspace=0.75, wspace=0.08
+    )
+    maps = [values * values.size for values in maps]
+    high = _high(maps)
+    for number, (image, values, mask, lines) in enumerate(zip(images, maps, masks, captions)):
+        pair = grid[number // columns, number % columns].subgridspec(1, 2, wspace=0.03)
+        axes = _bare(figure.add_subplot(pair[0]), "")
+        axes.imshow(image)
+        _outline(axes, mask, image.shape)
+        axes.set_title(f"{number + 1}", size=10, weight="bold", loc="left", pad=3)
+        text = "\n".join(part for line in lines for part in textwrap.wrap(line, 46)[:2])
+        axes.text(0.0, -0.05, _plain(text), size=7.5, va="top", transform=axes.transAxes, linespacing=1.25)
+        axes = _bare(figure.add_subplot(pair[1]), "")
+        axes.imshow(_overlay(image, values, 0.0, high, "viridis"), extent=(0, image.shape[1], image.shape[0], 0))
+        _outline(axes, mask, image.shape, width=0.6)
+    bar = figure.add_axes((0.02, 0.42 / height, 0.3, 0.1 / height))
+    _scale(figure, bar, 0.0, high, "viridis", "attention to the sentence (1 = even)", horizontal=True)
+    if any(mask is not None for mask in masks):
+        figure.text(0.36, 0.45 / height, "orange outline: annotation", size=8, color="#555555")
+    _write(figure, path)
+
+
 def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """Scores of several models over folds: each fold as a mark, their mean as a line, mean ± deviation as a bar.
 

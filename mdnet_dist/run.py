@@ -16,11 +16,12 @@ from mdnet_dist.console import say, table
 from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
-from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of, score
+from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of
 from mdnet_dist.explain_run import explain_best_and_worst
 from mdnet_dist.export import load_model
 from mdnet_dist.figures import draw_confusion_matrix, draw_reliability, draw_report, draw_training_curves
 from mdnet_dist.images import decode_mask, fit_mask_to_square
+from mdnet_dist.metrics.localization import UNIFORM
 from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_score, score_reports
 from mdnet_dist.run_data import RunData
@@ -31,7 +32,8 @@ from mdnet_dist.trainer import Result, Trainer
 
 TABLE_ROWS = (
     "images", "dca", "label_accuracy", "macro_f1", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider",
-    "loss_m", "loss_l", "ece",
+    "loss_m", "loss_l", "ece", "recall_at_1", "recall_at_5", "recall_at_10", "energy/class_map", "energy/sentences",
+    "pointing/class_map", "pointing/sentences",
 )  # fmt: skip
 
 
@@ -207,14 +209,26 @@ def score_table(result: Result) -> str:
         return "the shard set has no test part: nothing to score"
     predictions, data, nltk_data = result.test.predictions, result.data, result.nltk_data
     columns: dict[str, dict[str, float] | None] = {
-        "this run": score(predictions, data.card, nltk_data),
+        "this run": result.test.metrics,
         "people": yardstick_people(predictions, data, nltk_data),
         "oracle": yardstick_oracle(predictions, data, nltk_data),
+        "chance": chance_scores(result.test.metrics),
     }
     scores = table(TABLE_ROWS, columns)
     if data.card.topics and (reason := meteor_unavailable_reason()):
         scores += f"\n{reason}"
     return scores
+
+
+def chance_scores(metrics: dict[str, float]) -> dict[str, float]:
+    """What a random order of the images, and a map that looks nowhere, score: {metric: value} where it is known."""
+    chance = {}
+    for name in metrics:
+        kind, _, of = name.partition("/")
+        known = f"{kind}_chance" if kind.startswith("recall_at") and not of else f"{kind}/{UNIFORM}"
+        if known in metrics and known != name:
+            chance[name] = metrics[known]
+    return chance
 
 
 def yardstick_people(predictions: list[Prediction], data: RunData, nltk_data: Path) -> dict[str, float] | None:

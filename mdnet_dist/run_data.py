@@ -10,13 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from mdnet_dist.config import DataConfig, RunConfig
-from mdnet_dist.data import Encoder, EvaluationStream, Loader, TrainingStream, check_shards, parts_of, read_shard
+from mdnet_dist.data import (
+    Encoder,
+    EvaluationStream,
+    Loader,
+    RawSample,
+    TrainingStream,
+    check_shards,
+    parts_of,
+    read_shard,
+)
 from mdnet_dist.distributed import on_first, raise_together, rank, world_size
 from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
-from mdnet_dist.sentences import as_one_sentence
-from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest
+from mdnet_dist.retrieval import Queries, collect_queries
+from mdnet_dist.sentences import REPORT, as_one_sentence
+from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardInfo, ShardManifest, load_manifest
 from mdnet_dist.vocabulary import Vocabulary, tokenize
 
 
@@ -57,11 +67,27 @@ class RunData:
         )
         return Loader(stream, config.data.workers, pin_memory)
 
+    def queries(self, parts: list[str]) -> Queries | None:
+        """The reports by which the images of some parts are looked for; None where there are none. Collective."""
+
+        def references() -> Iterator[tuple[str, list[Report]]]:
+            return ((sample.key, sample.record.reports) for sample in self.samples_of(parts))
+
+        names = [REPORT] if self.card.joined else self.card.topics
+        return on_first(lambda: collect_queries(references(), self.encoder, names))
+
     def training_records(self) -> Iterator[SampleRecord]:
         """What is known of every training image, without decoding any."""
-        folder = Path(self.encoder.config.shards)
-        for shard in self.manifest.shards_of(self.train):
-            yield from (sample.record for sample in read_shard(folder, shard))
+        return self.records(self.train)
+
+    def records(self, parts: list[str]) -> Iterator[SampleRecord]:
+        """What is known of every image of some parts, without decoding any."""
+        return (sample.record for sample in self.samples_of(parts))
+
+    def samples_of(self, parts: list[str]) -> Iterator[RawSample]:
+        """The samples of some parts as they lie in their shards, in order."""
+        for shard in self.manifest.shards_of(parts):
+            yield from read_shard(Path(self.encoder.config.shards), shard)
 
     def cuts_sentences(self) -> bool:
         """Whether some sentence of training is longer than the configured length. Collective."""

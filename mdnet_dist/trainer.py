@@ -308,8 +308,13 @@ class Trainer:
         if last or better or epoch % train.checkpoint_every_epochs == 0:
             self.save(score)
 
-    def evaluate(self, parts: list[str], pictures: int = 0) -> Evaluation:
-        """Score the network as it is on some parts, over all ranks. Collective."""
+    def evaluate(self, parts: list[str], pictures: int = 0, *, retrieval: bool = False) -> Evaluation:
+        """Score the network as it is on some parts, over all ranks. Collective.
+
+        Args:
+            pictures: for how many images to keep the attention.
+            retrieval: whether to look for the images by their reports too.
+        """
         self.engine.average_buffers()
         batches = self.data.evaluation_batches(self.config, parts, self.device.type == "cuda")
         with self.engine.evaluating() as network:
@@ -321,6 +326,7 @@ class Trainer:
                 beam_width=self.config.evaluate.beam_width,
                 nltk_data=self.nltk_data,
                 pictures=pictures,
+                queries=self.data.queries(parts) if retrieval else None,
             )
 
     def save(self, score: float | None) -> Path:
@@ -367,7 +373,7 @@ class Trainer:
         evaluations: dict[str, Evaluation] = {}
         for prefix, parts in (("val", self.data.validation), ("test", self.data.test)):
             if parts:
-                evaluations[prefix] = self.evaluate(parts, self.config.evaluate.pictures)
+                evaluations[prefix] = self.evaluate(parts, self.config.evaluate.pictures, retrieval=True)
                 if prefix == "val":
                     evaluations[prefix] = self._calibrate(evaluations[prefix])
                 metrics |= {f"{prefix}/{name}": value for name, value in evaluations[prefix].metrics.items()}

@@ -82,7 +82,7 @@ def run_sentence(model: LanguageModel, view: View, image: int, topic: int, words
     likelihoods, attention = [], []
     for previous in [START, *words[:-1]]:
         scores = (keys + weights["query.weight"] @ h).tanh() @ weights["score"]
-        attention.append((scores + prior).softmax(0))
+        attention.append(((scores - scores.mean()).tanh() + prior).softmax(0))
         h, c = step(weights["word_embedding.weight"][previous], h, c)
         hidden = weights["from_hidden.weight"] @ h + weights["from_hidden.bias"]
         hidden = (hidden + weights["from_context.weight"] @ (attention[-1] @ positions)).tanh()

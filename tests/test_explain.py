@@ -323,6 +323,16 @@ def test_a_page_fits_a_phone(tmp_path: Path, tmp_path_factory: pytest.TempPathFa
             "const b = document.getElementById('stage').getBoundingClientRect(); return [b.top, b.bottom]"
         )
         assert top >= 0 and bottom < 800 * 0.6, "the image stays in sight while one reads"
+        viewer = "const v = document.querySelector('.viewer').getBoundingClientRect(); "
+        phone.run("window.scrollTo(0, document.body.scrollHeight); document.querySelector('.word').focus()")
+        covered, word = phone.run(viewer + "return [v.bottom, document.activeElement.getBoundingClientRect().top]")
+        assert covered < 800 * 0.6 and word >= covered, "what has the focus is not under the image"
+    with Browser(tmp_path_factory.mktemp("lying"), 840, 500) as lying:
+        lying.go(written(tmp_path, page(explanation(), "use")))
+        height, inner = lying.run(
+            "return [document.getElementById('stage').getBoundingClientRect().height, window.innerHeight]"
+        )
+        assert height < inner * 0.8, "all of the image is seen at once"
 
 
 @pytest.mark.slow

@@ -87,7 +87,8 @@ def loss_with_copies(
     losses = []
     for t in range(longest):
         query = model.query(state[0][0])
-        weights = ((copied.keys + query[:, None]).tanh() @ model.score + copied.prior).softmax(1)
+        scores = (copied.keys + query[:, None]).tanh() @ model.score
+        weights = ((scores - scores.mean(1, keepdim=True)).tanh() + copied.prior).softmax(1)
         contexts = (weights[..., None] * copied.features).sum(1)
         output, state = model.lstm(model.word_embedding(before[:, t : t + 1]), state)
         logits = model.word_logits(output[:, 0], contexts)

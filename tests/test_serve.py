@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is packaged."""
     folder = tmp_path_factory.mktemp("saved")
     tiny_set(folder / "shards")
-    run_folder, _ = untrained_run(tiny_config(folder / "shards", folder / "runs"))
+    run_folder, _ = untrained_run(tiny_config(folder / "shards", folder / "runs"), seed=1)
     write_served_model(run_folder, run_folder / "mlflow_model")
     return run_folder
 

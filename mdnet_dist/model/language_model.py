@@ -1,11 +1,13 @@
 """L, the language model: one LSTM that says each topic's sentence while it looks at the map (docs/design.md section 1).
 
     start     E_topic + W_v v                                    one input to the LSTM, giving h_0
-    attention a_t = softmax_p( w . tanh(W_c C_p + W_h h_{t-1}) + gamma A(p) ),    z_t = sum_p a_t(p) C_p
+    attention e_t(p) = w . tanh(W_c C_p + W_h h_{t-1}),          a_t = softmax_p(e_t),    z_t = sum_p a_t(p) C_p
+    sharpened a_t = softmax_p( tanh(e_t(p) - mean_p e_t) + gamma A(p) )
     word      p(w_t) = softmax( W_o dropout(tanh(W_1 h_t + W_2 z_t)) ),      h_t = LSTM(E w_{t-1}, h_{t-1})
 
-The class map A(p) stands outside the tanh with a factor gamma that is not learned. Inside, with weights of its own, the
-language loss turned it around: it learned to look where the class evidence is not (docs/results.md).
+The class evidence A(p) (`class_maps.py`) has a factor gamma that is not learned, and what is learned can change no
+position's weight by more than e against it. Left free, the language loss turns the evidence around: where it has
+weights of its own, these become negative, and else w and W_c outweigh it (docs/results.md).
 
 What the attention sees of the past is h_{t-1} alone, and z_t does not enter the LSTM. So in training, where the words
 are given, the LSTM runs over whole sentences first and the attention is then computed for all of them at once: nothing
@@ -185,7 +187,9 @@ class LanguageModel(nn.Module):
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
-            weights = (scores + view.prior[:, None]).softmax(-1)
+            if self.sharpness:
+                scores = torch.tanh(scores - scores.mean(-1, keepdim=True)) + view.prior[:, None]
+            weights = scores.softmax(-1)
         return weights.to(view.features.dtype) @ view.features, weights
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:

@@ -50,7 +50,13 @@ class MDNet(nn.Module):
         self.class_maps = ClassMaps(self.image_model.channels, max(1, classes))
         self.sharpen = config.sharpening == "cam" and topics > 0
         self.language_model = (
-            LanguageModel(config.language, self.image_model.channels, topics, words, config.sharpness)
+            LanguageModel(
+                config.language,
+                self.image_model.channels,
+                topics,
+                words,
+                config.sharpness if self.sharpen else 0.0,
+            )
             if topics
             else None
         )
