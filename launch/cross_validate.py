@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--accelerators", type=int, help="for each fold; default: its share of the GPUs, else 1 process"
     )
+    parser.add_argument("--out", type=Path, help="folder to write to; default: runs/NAME-cv")
     arguments = parser.parse_intermixed_args()
     for option, value in (("--at-once", arguments.at_once), ("--accelerators", arguments.accelerators)):
         if value is not None and value < 1:
@@ -37,9 +38,11 @@ def main() -> None:
     from mdnet_dist.cross_validation import plan_models
     from mdnet_dist.cross_validation_run import Request, cross_validate
     from mdnet_dist.distributed import gpus_here
+    from mdnet_dist.side_by_side import gpu_numbers
 
     models = plan_models(arguments.config, arguments.overrides, arguments.baselines, BASELINES)
     gpus = gpus_here()
+    gpu_numbers(gpus)  # that the launcher will understand, before anything is written
     accelerators = arguments.accelerators or max(1, gpus // arguments.at_once)
     if gpus and arguments.at_once * accelerators > gpus:
         raise InputError(f"--at-once {arguments.at_once} x --accelerators {accelerators}: this machine has {gpus} GPUs")
@@ -51,6 +54,7 @@ def main() -> None:
         at_once=arguments.at_once,
         accelerators=accelerators,
         gpus=gpus,
+        out=arguments.out,
     )
     print(f"written to  {cross_validate(request)}  (table.md, table.png, results.json; `make ui` shows the runs)")
 

@@ -12,6 +12,7 @@ Nothing here starts a process: `launch/cross_validate.py` does.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,14 @@ class FoldRun:
     def name(self) -> str:
         """As people read it."""
         return f"{self.model.name} fold {self.fold}"
+
+    @property
+    def config(self) -> RunConfig:
+        """What it is trained with."""
+        config = self.model.config
+        data = config.data.model_copy(update={"fold": self.fold})
+        place = {"runs_folder": str(self.folder.parent), "name": self.folder.name}
+        return config.model_copy(update={"data": data, **place})
 
     @property
     def log(self) -> Path:
@@ -145,7 +154,7 @@ def scores_of(folder: Path) -> dict[str, float] | None:
     return scores or None
 
 
-def prepare_folder(folder: Path, models: Sequence[Model]) -> None:
+def prepare_folder(folder: Path, models: Sequence[Model], runs: Sequence[FoldRun] = ()) -> None:
     """Write the configurations, or compare them with those of the folder that is gone on with.
 
     Raises:
@@ -161,6 +170,10 @@ def prepare_folder(folder: Path, models: Sequence[Model]) -> None:
         except OSError as error:
             raise InputError(f"{path.parent}: {error.strerror}; runs_folder must be a folder to write in") from error
         write_atomically(path, as_yaml(model.config))
+    for run in runs:
+        if (run.folder / CONFIG).exists():
+            _check_same(run.folder / CONFIG, run.config)
+    write_atomically(folder / CONFIG, as_yaml(models[0].config))
 
 
 def _check_same(path: Path, config: RunConfig) -> None:
@@ -176,7 +189,8 @@ def _check_same(path: Path, config: RunConfig) -> None:
 def arguments_of(run: FoldRun, config: str, overrides: Sequence[str], parent_run_id: str | None) -> list[str]:
     """What `deepspeed` is given to train this fold, or to go on with it."""
     overlay = [run.model.overlay] if run.model.overlay else []
-    arguments = ["launch/train.py", config, *overrides, *overlay, f"data.fold={run.fold}"]
+    program = os.path.relpath(Path(__file__).resolve().parent.parent / "launch" / "train.py")
+    arguments = [program, config, *overrides, *overlay, f"data.fold={run.fold}"]
     arguments += [f"runs_folder={run.folder.parent}", f"name={run.folder.name}"]
     arguments += ["--parent-run", parent_run_id] if parent_run_id else []
     return [*arguments, *(["--resume"] if run.folder.exists() else [])]
@@ -202,7 +216,18 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def results_of(runs: Iterable[FoldRun], manifest: ShardManifest) -> dict[str, Any]:
-    """{model: {"parameters", "images_seen" (mean over folds), "folds": {K: test scores}}}, of runs that have ended."""
+    """{model: {"parameters", "images_seen" (mean over folds), "folds": {K: test scores}}}, of runs that have ended.
+
+    Models in the order in which `runs` first names them, whichever has ended first.
+    """
+    runs = list(runs)
+    results: dict[str, Any] = {}
+    for model in dict.fromkeys(run.model.name for run in runs):
+        results |= _results_of_one([run for run in runs if run.model.name == model], manifest)
+    return results
+
+
+def _results_of_one(runs: Sequence[FoldRun], manifest: ShardManifest) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for run in runs:
         if (scores := scores_of(run.folder)) is None:

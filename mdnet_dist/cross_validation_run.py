@@ -39,6 +39,7 @@ from mdnet_dist.cross_validation import (
 )
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
 from mdnet_dist.figures import draw_folds
+from mdnet_dist.run_folder import CONFIG
 from mdnet_dist.shards import ShardManifest, load_manifest, write_atomically
 from mdnet_dist.side_by_side import Job, Running, run_side_by_side
 from mdnet_dist.tracking import RUN_NAME, Tracker, open_parent, run_tags
@@ -57,12 +58,13 @@ class Request:
     at_once: int = 1
     accelerators: int = 1  # for each fold
     gpus: int = 0  # of this machine
+    out: Path | None = None  # None: RUNS/NAME-cv
 
     @property
     def folder(self) -> Path:
         """Where all is written."""
         config = self.models[0].config
-        return Path(config.runs_folder) / f"{config.name}-cv"
+        return self.out or Path(config.runs_folder) / f"{config.name}-cv"
 
 
 def cross_validate(request: Request) -> Path:
@@ -76,14 +78,14 @@ def cross_validate(request: Request) -> Path:
     config, folder = request.models[0].config, request.folder
     manifest = load_manifest(Path(config.data.shards))
     runs = plan_folds(request.models, manifest, request.folds, folder)
-    prepare_folder(folder, request.models)
+    prepare_folder(folder, request.models, runs)
     with _alone_in(folder) as lock, _stopped_by_signals():
         tags = run_tags(request.accelerators, "gpu" if request.gpus else "cpu")
         tracker = open_parent(config.tracking, folder, flatten(config), tags, resume=(folder / RUN_NAME).exists())
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             _train_missing(request, runs, tracker.run_id, lock)
-            _write_table(folder, runs, manifest, tracker)
+            _write_table(folder, plan_folds(request.models, manifest, None, folder), manifest, tracker)
             status = "FINISHED"
         except (Preempted, KeyboardInterrupt):
             status = "KILLED"
@@ -112,12 +114,14 @@ def _alone_in(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 into `Preempted`, so that the folds that run are stopped with this program."""
+    """Turn SIGTERM, SIGUSR1 and SIGHUP (the terminal has gone) into `Preempted`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on with what is missing")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    heeded = [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    previous = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:
@@ -150,7 +154,7 @@ def _train_missing(request: Request, runs: Sequence[FoldRun], parent_run_id: str
         )
     if failed is not None:
         raise TrainingFailed(
-            f"{failed.job.name} ended with exit code {failed.exit_code()} ({failed.last_line():.200}); its log is "
+            f"{failed.job.name} ended with exit code {failed.exit_code()} ({failed.reason():.200}); its log is "
             f"{failed.job.log}; the same command goes on with what is missing"
         )
 
@@ -160,6 +164,7 @@ class _Display:
 
     def __init__(self, runs: int, done: int) -> None:
         self._runs, self._before, self._known = runs, done, 0
+        self._told: set[str] = set()  # names of jobs whose start was told
         self._started, self._said = time.monotonic(), time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=runs, initial=done, unit="fold", disable=not self._terminal, dynamic_ncols=True)
@@ -172,6 +177,10 @@ class _Display:
 
     def watch(self, running: list[Running], done: list[Job]) -> None:
         """Show it."""
+        for one in [one for one in running if one.job.name not in self._told]:
+            self._told.add(one.job.name)
+            tqdm.write(f"started   {one.job.name}, its log: {one.job.log}\n$ {one.command}", file=sys.stdout)
+            sys.stdout.flush()
         for job in done[self._known :]:
             tqdm.write(f"done      {job.name}  ({self._before + len(done)} of {self._runs})", file=sys.stdout)
             sys.stdout.flush()
@@ -200,12 +209,16 @@ def _shown(one: Running) -> str:
 
 def _write_table(folder: Path, runs: Sequence[FoldRun], manifest: ShardManifest, tracker: Tracker) -> None:
     results: dict[str, Any] = results_of(runs, manifest)
-    text = table_text(results, f"{folder.name}: {manifest.name}, {len({run.fold for run in runs})} folds by patient")
+    scored = {fold for row in results.values() for fold in row["folds"]}
+    folds = f"{len(scored)} folds" + (f" of {manifest.folds}" if len(scored) < manifest.folds else "")
+    text = table_text(results, f"{folder.name}: {manifest.name}, {folds} by patient")
     write_atomically(folder / TABLE, text)
     write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     panels = {heading: values_of(results, name, factor) for name, heading, factor in (*SCORES, *MAPS)}
     draw_folds({heading: values for heading, values in panels.items() if values}, folder / FIGURE)
-    tracker.log_metrics(summary_metrics(results), 0)
-    for name in (TABLE, RESULTS, FIGURE):
+    for model, row in results.items():
+        # At the number of folds: a store takes each step once, and with more folds there are other means.
+        tracker.log_metrics(summary_metrics({model: row}), len(row["folds"]))
+    for name in (CONFIG, TABLE, RESULTS, FIGURE):
         tracker.log_artifact(folder / name)
     print(f"\n{text}")

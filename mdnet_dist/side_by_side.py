@@ -2,21 +2,27 @@
 
 Each gets a process group of its own and writes to a log file. To stop one, the group is signalled, not the launcher
 alone: that would leave its ranks behind without a parent. The ranks write a checkpoint and end; the group is killed
-only if something of it is still there after `STOP_SECONDS`.
+only if something of it is still there after `STOP_SECONDS`. A signal that asks this program to stop is obeyed when
+that is done, and not before: in the middle of starting or stopping a job it would leave processes behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+
+from mdnet_dist.errors import InputError
 
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
@@ -45,7 +51,8 @@ class Devices:
         if not self.gpus:
             return ["--num_accelerators", str(self.accelerators)]
         first = self.slot * self.accelerators
-        return ["--include", "localhost:" + ",".join(str(first + number) for number in range(self.accelerators))]
+        numbers = gpu_numbers(self.gpus)[first : first + self.accelerators]
+        return ["--include", "localhost:" + ",".join(numbers)]
 
     def environment(self) -> dict[str, str]:
         """Variables that share out the CPU's cores."""
@@ -53,6 +60,24 @@ class Devices:
             return {}
         processes = self.side_by_side * self.accelerators
         return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), "DS_ACCELERATOR": "cpu"}
+
+
+def gpu_numbers(gpus: int) -> list[str]:
+    """The machine's numbers of the GPUs that this program may use.
+
+    Beside --include the launcher ignores CUDA_VISIBLE_DEVICES (0.19.8, launcher/runner.py), so that it must be given
+    what is visible here by the numbers of the machine: else it would take GPUs that are somebody else's.
+
+    Raises:
+        InputError: CUDA_VISIBLE_DEVICES names GPUs in a way that the launcher does not know.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible:
+        return [str(number) for number in range(gpus)]
+    numbers = [number.strip() for number in visible.split(",")][:gpus]
+    if not all(number.isdigit() for number in numbers):
+        raise InputError(f"CUDA_VISIBLE_DEVICES {visible}: the DeepSpeed launcher wants GPUs by number, as 0,1")
+    return numbers
 
 
 def launcher_command(arguments: Sequence[str], devices: Devices) -> list[str]:
@@ -70,10 +95,11 @@ class Running:
     def __init__(self, job: Job, devices: Devices, keep_open: Sequence[int] = ()) -> None:
         """Args: keep_open: file descriptors that it inherits, so that a lock lasts as long as it does."""
         self.job, self.devices = job, devices
+        self.command = shlex.join(["deepspeed", *devices.launcher_options(), *job.arguments])  # as a person types it
         command = launcher_command(job.arguments, devices)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with open(job.log, "a", encoding="utf-8") as log:
-            log.write("$ deepspeed " + " ".join([*devices.launcher_options(), *job.arguments]) + "\n")
+            log.write(f"$ {self.command}\n")
             log.flush()
             self._process = subprocess.Popen(
                 command,
@@ -91,10 +117,19 @@ class Running:
 
     def last_line(self) -> str:
         """What it printed last."""
+        return next(reversed(self._last_lines()), "")
+
+    def reason(self) -> str:
+        """Why it failed: the line with which its program ended (`errors.run_program`), else what was printed last."""
+        own = f"{Path(self.job.arguments[0]).name}: "
+        return next((line for line in reversed(self._last_lines()) if line.startswith(own)), self.last_line())
+
+    def _last_lines(self) -> list[str]:
         with open(self.job.log, "rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
-            lines = log.read().decode("utf-8", "replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
+            text = log.read().decode("utf-8", "replace")
+        since_its_start = text.rpartition(f"$ {self.command}\n")[2]
+        return [line.strip() for line in since_its_start.splitlines() if line.strip()]
 
     def ask_to_stop(self) -> None:
         """Send SIGTERM to all of its processes."""
@@ -130,7 +165,8 @@ def run_side_by_side(
 ) -> Running | None:
     """Run all jobs, `at_once` of them at a time, in order; stop at the first that fails.
 
-    Whatever ends this function, an exception from a signal included, no process is left behind.
+    Whatever ends this function, no process is left behind. A signal that asks to stop ends it: the jobs are stopped,
+    and then the signal does what it would have done at once without this function.
 
     Args:
         accelerators: for each job.
@@ -142,23 +178,53 @@ def run_side_by_side(
     """
     waiting, done = list(jobs), list[Job]()
     running: list[Running] = []
-    try:
-        while waiting or running:
-            free = sorted(set(range(at_once)) - {one.devices.slot for one in running})
+    side_by_side = min(at_once, len(waiting))
+    with _signals_held_back() as received, _stopped_at_the_end(running):
+        while (waiting or running) and not received:
+            free = sorted(set(range(side_by_side)) - {one.devices.slot for one in running})
             for slot in free[: len(waiting)]:
-                devices = Devices(accelerators=accelerators, slot=slot, side_by_side=at_once, gpus=gpus)
+                devices = Devices(accelerators=accelerators, slot=slot, side_by_side=side_by_side, gpus=gpus)
                 running.append(Running(waiting.pop(0), devices, keep_open))
             watch(running, done)
             time.sleep(POLL_SECONDS)
             for one in [one for one in running if one.exit_code() is not None]:
-                running.remove(one)
                 if one.exit_code() != 0:
-                    return one
+                    return one  # as one of the running, because ranks may have outlived their launcher
+                running.remove(one)
                 done.append(one.job)
         watch(running, done)
         return None
+
+
+@contextlib.contextmanager
+def _stopped_at_the_end(running: list[Running]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for one in running:
             one.ask_to_stop()
         for one in running:
             one.wait_until_gone(STOP_SECONDS)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[list[int]]:
+    """The signals that asked to stop so far; the first of them is raised again at the end."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    asking: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        asking = ()  # Python lets only the main thread handle signals
+    # One that is ignored stays so: nohup ignores SIGHUP. One whose handler is not Python's (None) cannot be put back.
+    heeded = [number for number in asking if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])

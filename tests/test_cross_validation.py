@@ -9,17 +9,20 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdnet_dist.config import as_yaml, load_config
 from mdnet_dist.cross_validation import (
     FoldRun,
+    Model,
     arguments_of,
     as_markdown,
     images_seen,
@@ -27,14 +30,17 @@ from mdnet_dist.cross_validation import (
     plan_folds,
     plan_models,
     prepare_folder,
+    results_of,
     scores_of,
     summary_metrics,
     table_text,
 )
+from mdnet_dist.cross_validation_run import Request, _write_table
 from mdnet_dist.errors import InputError
 from mdnet_dist.figures import draw_folds
 from mdnet_dist.shards import ShardManifest, load_manifest
 from mdnet_dist.side_by_side import Devices
+from mdnet_dist.tracking import Tracker
 from tests.conftest import REPOSITORY
 from tests.test_train import _environment, run
 from tests.tiny import tiny_config, tiny_set
@@ -139,7 +145,70 @@ def test_another_configuration_does_not_go_on_in_the_folder(config: Path, tmp_pa
         prepare_folder(tmp_path / "cv", plan_models(str(config), ["train.epochs=2"], [], BASELINES))
 
 
-def test_devices_are_dealt_out() -> None:
+def test_the_shared_configuration_lies_in_the_folder_and_out_names_it(config: Path, tmp_path: Path) -> None:
+    models = plan_models(str(config), ["train.epochs=2"], [str(tmp_path / "plain.yaml")], BASELINES)
+    assert Request(config=str(config), overrides=[], models=models).folder == tmp_path / "runs" / "tiny-cv"
+    folder = Request(config=str(config), overrides=[], models=models, out=tmp_path / "else").folder
+    prepare_folder(folder, models)
+    assert folder == tmp_path / "else"
+    assert load_config(folder / "config.yaml") == models[0].config
+    assert load_config(folder / "plain" / "config.yaml") == models[1].config
+
+
+def test_a_fold_of_another_configuration_is_not_gone_on_with(
+    config: Path, manifest: ShardManifest, tmp_path: Path
+) -> None:
+    """The fold's own config.yaml counts: somebody may have put a run there."""
+    models = plan_models(str(config), [], [], BASELINES)
+    runs = plan_folds(models, manifest, None, tmp_path / "cv")
+    for run_of_fold in runs[:2]:
+        run_of_fold.folder.mkdir(parents=True)
+        given = arguments_of(run_of_fold, str(config), [], None)
+        overrides = [argument for argument in given[2:] if not argument.startswith("--")]
+        as_trained = load_config(config, overrides)
+        assert as_trained == run_of_fold.config, "what the command resolves to is what is expected"
+        (run_of_fold.folder / "config.yaml").write_text(as_yaml(as_trained))
+    prepare_folder(tmp_path / "cv", models, runs)
+    (runs[1].folder / "config.yaml").write_text(as_yaml(runs[0].config))
+    with pytest.raises(InputError, match=r"fold1/config\.yaml: name was fold0 there and is fold1 now"):
+        prepare_folder(tmp_path / "cv", models, runs)
+
+
+def test_the_command_is_found_from_any_folder(
+    config: Path, manifest: ShardManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [run_of_fold, *_] = plan_folds(plan_models(str(config), [], [], BASELINES), manifest, [0], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert Path(arguments_of(run_of_fold, str(config), [], None)[0]).resolve() == REPOSITORY / "launch" / "train.py"
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ended=st.sets(st.tuples(st.sampled_from(["mdnet", "a", "b"]), st.integers(0, 2))))
+def test_the_table_has_what_has_ended_with_models_in_their_order(
+    ended: set[tuple[str, int]], manifest: ShardManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever folds have ended: each is there once, models stand in the order that was asked for, folds in theirs."""
+    base = tiny_config(Path("shards"), Path("runs"))
+    models = [Model(name=name, overlay=None, config=base) for name in ("mdnet", "a", "b")]
+    with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as patched:
+        patched.setattr("mdnet_dist.cross_validation.parameters_of", lambda folder: 7)
+        for name, fold in ended:
+            path = Path(folder, name, f"fold{fold}", "metrics.json")
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"test/dca": fold / 10}))
+        runs = plan_folds(models, manifest, None, Path(folder))
+        missing = [run_of_fold for run_of_fold in runs if scores_of(run_of_fold.folder) is None]
+        found = results_of(runs, manifest)
+    assert {(one.model.name, one.fold) for one in missing} == {(one.model.name, one.fold) for one in runs} - ended
+    assert list(found) == [name for name in ("mdnet", "a", "b") if any(name == model for model, _ in ended)]
+    for name, row in found.items():
+        folds = sorted(fold for model, fold in ended if model == name)
+        assert row["folds"] == {str(fold): {"dca": fold / 10} for fold in folds}
+        assert list(row["folds"]) == [str(fold) for fold in folds]
+
+
+def test_devices_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     on_gpus = Devices(accelerators=2, slot=1, side_by_side=4, gpus=8)
     assert on_gpus.launcher_options() == ["--include", "localhost:2,3"]
     assert on_gpus.environment() == {}
@@ -189,6 +258,30 @@ def test_the_table_as_people_read_it() -> None:
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
     draw_folds({"DCA": {"mdnet": [60.0, 70.0], "other": [65.0]}, "BLEU-4": {"mdnet": [50.0]}}, tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_means_of_more_folds_are_logged_at_a_step_of_their_own(
+    config: Path, manifest: ShardManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracker sends no step twice (`open_parent`): at the same step the store would keep the means of one fold."""
+    monkeypatch.setattr("mdnet_dist.cross_validation.parameters_of", lambda folder: 7)
+    models = plan_models(str(config), [], [], BASELINES)
+    runs = plan_folds(models, manifest, None, tmp_path)
+    prepare_folder(tmp_path, models)
+    logged: list[tuple[int, dict[str, float]]] = []
+    sent: list[Path] = []
+    tracker = SimpleNamespace(
+        log_metrics=lambda metrics, step: logged.append((step, metrics)), log_artifact=lambda path: sent.append(path)
+    )
+    for run_of_fold, dca in zip(runs[:2], (0.5, 0.7)):
+        run_of_fold.folder.mkdir(parents=True)
+        (run_of_fold.folder / "metrics.json").write_text(json.dumps({"test/dca": dca}))
+        _write_table(tmp_path, runs, manifest, cast("Tracker", tracker))
+    assert logged[0] == (1, {"mdnet/dca_mean": 0.5})
+    assert logged[1][0] == 2
+    assert logged[1][1] == pytest.approx({"mdnet/dca_mean": 0.6, "mdnet/dca_std": 0.02**0.5})
+    assert {path.name for path in sent} == {"config.yaml", "table.md", "table.png", "results.json"}
+    assert "2 folds of 3 by patient" in (tmp_path / "table.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
