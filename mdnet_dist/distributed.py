@@ -36,17 +36,21 @@ def is_first() -> bool:
 def prepare_environment() -> None:
     """Describe a job of one process in the environment, where no launcher has described a larger one."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(
             RANK="0",
             LOCAL_RANK="0",
             WORLD_SIZE="1",
             LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(free_port()),
         )
+
+
+def free_port() -> int:
+    """A port of this machine that no other job has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def local_device() -> torch.device:

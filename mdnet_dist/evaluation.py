@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdnet_dist.config import DataConfig
 from mdnet_dist.data import Batch
 from mdnet_dist.distributed import gather, is_first, on_first, raise_together
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
-from mdnet_dist.images import decode_mask, fit_mask_to_square
 from mdnet_dist.metrics.calibration import Reliability, fit_temperature, reliability
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
 from mdnet_dist.metrics.localization import (
@@ -37,7 +35,7 @@ from mdnet_dist.metrics.localization import (
 )
 from mdnet_dist.metrics.reports import ScoredImage, said_class, score_reports
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
-from mdnet_dist.predict import Answer, Answers, answers_of, predicted_class, split_answers
+from mdnet_dist.predict import Answer, Answers, answers_of, predicted_class, prepare_mask, split_answers
 from mdnet_dist.retrieval import Queries, log_likelihoods, recalls
 from mdnet_dist.shards import CONCLUSION, Report
 
@@ -248,11 +246,8 @@ def _localization(
 
     A topic's map is the mean over the words of the generated sentence.
     """
-    if mask_file is None:
-        return {}
-    config = DataConfig.model_validate({**card.data, "shards": ""})
-    mask = fit_mask_to_square(decode_mask(mask_file, f"mask of sample '{key}'"), config.image_size, config.fit)
-    if mask.all() or not mask.any():
+    mask = prepare_mask(card, mask_file, f"mask of sample '{key}'")
+    if mask is None or mask.all() or not mask.any():
         return {}
     h, w = answers.features.shape[2:]
     sentences = {

@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mdnet_dist.config import DataConfig
-from mdnet_dist.data import Encoder, RawSample, read_shard
+from mdnet_dist.data import RawSample, read_shard
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluation import Prediction
 from mdnet_dist.explain import Entry, Explanation, index, page
 from mdnet_dist.export import ModelCard
 from mdnet_dist.figures import draw_report
-from mdnet_dist.images import decode_mask, fit_mask_to_square
+from mdnet_dist.images import decode_image
 from mdnet_dist.model.mdnet import MDNet
-from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, split_answers
+from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, prepare_image, prepare_mask, split_answers
 from mdnet_dist.predict_folder import find_images
 from mdnet_dist.shards import MANIFEST_NAME, load_manifest, write_atomically
 
@@ -182,19 +181,16 @@ def explain_samples(
     beam_width: int = 1,
 ) -> Iterator[Explanation]:
     """Explain samples of a shard set, with their labels, references and masks."""
-    config = DataConfig.model_validate({**card.data, "shards": ""})
-    encoder = Encoder(config, card.topics_read, card.classes, card.vocabulary)
     remaining = iter(samples)
     while batch := list(islice(remaining, BATCH)):
-        squares = [encoder.image(sample.image, sample.where) for sample in batch]
+        squares = [prepare_image(card, decode_image(sample.image, sample.where)) for sample in batch]
         answers = answers_of(network, card, as_batch(squares, device), beam_width)
         for sample, square, answer in zip(batch, squares, split_answers(network, card, answers, range(len(batch)))):
-            mask = decode_mask(sample.mask, sample.where) if sample.mask is not None else None
             yield Explanation(
                 key=sample.key,
                 image=square,
                 answer=answer,
                 label=sample.record.label,
                 references=[card.reference(report) for report in sample.record.reports],
-                mask=fit_mask_to_square(mask, config.image_size, config.fit) if mask is not None else None,
+                mask=prepare_mask(card, sample.mask, sample.where),
             )

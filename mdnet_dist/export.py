@@ -21,7 +21,7 @@ from torch import Tensor
 from mdnet_dist.config import DataConfig, ModelConfig, RunConfig, first_problem
 from mdnet_dist.errors import InputError
 from mdnet_dist.model.mdnet import MDNet
-from mdnet_dist.sentences import join_topics, joined_topics, joining_order
+from mdnet_dist.sentences import REPORT, join_topics, joined_topics, joining_order
 from mdnet_dist.shards import Report, write_atomically
 from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
 
@@ -60,6 +60,11 @@ class ModelCard:
         """The topics of people's reports that the network learns to say."""
         return self.joined or self.topics
 
+    @property
+    def sentences(self) -> list[str]:
+        """Names of the K sentences that the network says of an image: its topics, or the one that joins them."""
+        return [REPORT] if self.joined else self.topics
+
     def reference(self, report: Report) -> Report:
         """A report by people in the topics of this card, to be compared with one that the network says."""
         return join_topics(report, self.joined) if self.joined else report
@@ -67,9 +72,7 @@ class ModelCard:
     def build(self) -> MDNet:
         """A network of the right shape, with fresh weights."""
         config = ModelConfig.model_validate(self.model)
-        return MDNet(
-            config, 1 if self.joined else len(self.topics), len(self.classes), len(self.words) + len(SPECIAL_WORDS)
-        )
+        return MDNet(config, len(self.sentences), len(self.classes), len(self.words) + len(SPECIAL_WORDS))
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> float, zero mean and unit deviation over the training part."""

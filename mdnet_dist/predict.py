@@ -22,7 +22,7 @@ from torch import Tensor
 from mdnet_dist.decoding import decode
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import ModelCard
-from mdnet_dist.images import fit_to_square
+from mdnet_dist.images import decode_mask, fit_mask_to_square, fit_to_square
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.sentences import conclusion_start
 from mdnet_dist.shards import CONCLUSION, Report
@@ -164,6 +164,20 @@ def predicted_class(card: ModelCard, probabilities: Tensor) -> str | None:
 def prepare_image(card: ModelCard, image: Image.Image) -> np.ndarray:
     """Fit an RGB image to the square that the network sees, as in training: (S, S, 3) uint8."""
     return fit_to_square(image, int(card.data["image_size"]), str(card.data["fit"]))
+
+
+def prepare_mask(card: ModelCard, mask_file: bytes | None, where: str) -> np.ndarray | None:
+    """Move an annotation as `prepare_image` moves its image: (S, S) bool; None where there is none.
+
+    Args:
+        where: whose it is, for messages.
+
+    Raises:
+        InputError: it does not decode.
+    """
+    if mask_file is None:
+        return None
+    return fit_mask_to_square(decode_mask(mask_file, where), int(card.data["image_size"]), str(card.data["fit"]))
 
 
 def as_batch(images: Sequence[np.ndarray], device: torch.device | str) -> Tensor:

@@ -19,15 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnet_dist.config import DataConfig
 from mdnet_dist.data import Encoder, RawSample
 from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard
-from mdnet_dist.images import decode_image, decode_mask, fit_mask_to_square, fit_to_square
-from mdnet_dist.model.language_model import LanguageModel
+from mdnet_dist.images import decode_image
+from mdnet_dist.model.language_model import LanguageModel, Told
 from mdnet_dist.model.mdnet import MDNet
-from mdnet_dist.predict import Answers, answers_of, as_batch
-from mdnet_dist.sentences import REPORT
+from mdnet_dist.predict import Answers, answers_of, as_batch, prepare_image, prepare_mask
 from mdnet_dist.shards import Report
 from mdnet_dist.vocabulary import END, PAD, SPECIAL_WORDS, Vocabulary, tokenize
 
@@ -38,6 +36,7 @@ MAX_QUERIES = 1000
 MAX_WORDINGS = 64
 """Sentences of one topic that a query stands for, at most."""
 BATCH = 32
+"""Images that are looked at at once."""
 CHUNK = 8
 """Sentences of each topic that are scored at once; bounds memory."""
 
@@ -110,31 +109,19 @@ def log_likelihoods(
         for k, of in enumerate(places):
             for r, place in enumerate(of):
                 tokens[r, k, : len(sentences[place][1])] = torch.tensor(sentences[place][1])
-        scores, _ = told_likelihoods(model, features, sharpening_map, tokens)
+        told = _tell(model, features, sharpening_map, tokens.expand(len(features), R, K, T))
+        losses = model.word_losses(told).double()
+        sums = losses.new_zeros(len(features), R * K).scatter_add_(1, told.places // T, losses)
+        scores = -sums.view(-1, R, K).cpu().numpy()
         for k, of in enumerate(places):
             result[:, of] = scores[:, : len(of), k]
     return result
 
 
 @torch.no_grad()
-def told_likelihoods(
-    model: LanguageModel, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor
-) -> tuple[NDArray[np.float64], Tensor]:
-    """The log-likelihoods of the same reports given each image, and where the network looked.
-
-    Args:
-        tokens: (R, K, T), on the CPU, PAD behind the last token.
-
-    Returns:
-        sums over tokens (B, R, K), and attention (B, R, K, T, P).
-    """
-    B = len(features)
-    R, K, T = tokens.shape
-    many = tokens[None].expand(B, R, K, T).to(features.device)
-    told = model(features, sharpening_map, many, (tokens != PAD).sum(2)[None].expand(B, R, K))
-    losses = model.word_losses(told).double()
-    sums = losses.new_zeros(B, R * K).scatter_add_(1, told.places // T, losses)
-    return -sums.view(B, R, K).cpu().numpy(), told.attention(many)
+def _tell(model: LanguageModel, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor) -> Told:
+    """Given reports, teacher-forced. Args: tokens: (B, R, K, T), on the CPU, PAD behind the last token."""
+    return model(features, sharpening_map, tokens.to(features.device), (tokens != PAD).sum(3))
 
 
 # -------------------------------------------------------------------------------------------------- by one sentence
@@ -161,8 +148,9 @@ def query_tokens(query: str, vocabulary: Vocabulary) -> tuple[list[int], list[st
         InputError: no word, or none that the network knows.
     """
     words = tokenize(query)
-    known = [word for word in words if word in set(vocabulary.words)]
-    unknown = [word for word in words if word not in known]
+    vocabulary_words = set(vocabulary.words)
+    known = [word for word in words if word in vocabulary_words]
+    unknown = [word for word in words if word not in vocabulary_words]
     if not known:
         hints = "; ".join(f"'{word}': {nearest(word, vocabulary.words[len(SPECIAL_WORDS) :])}" for word in unknown[:3])
         raise InputError(f"query '{query:.100}': the network knows no word of it ({hints or 'it has none'})")
@@ -224,7 +212,7 @@ def find_images(
     Raises:
         InputError: no such topic, none of the wordings on it, no sample, or one that cannot be read.
     """
-    model, names = network.language_model, [REPORT] if card.joined else card.topics
+    model, names = network.language_model, card.sentences
     if model is None:
         raise InputError("the network says nothing: it was trained on a set without reports")
     if topic is not None and topic not in names:
@@ -245,29 +233,27 @@ def find_images(
     together = {k: np.logaddexp.reduce(scores[:, of], axis=1) for k, of in of_topic.items()}
     number = names.index(topic) if topic is not None else max(there, key=lambda k: float(together[k].mean()))
     order = sorted(range(len(keys)), key=lambda n: (-together[number][n], keys[n]))[:top]
-    best = {keys[n]: of_topic[number][int(scores[n, of_topic[number]].argmax())] for n in order}
+    best = {keys[n]: wordings[of_topic[number][int(scores[n, of_topic[number]].argmax())]] for n in order}
+    probabilities = {keys[n]: float(np.exp(together[number][n])) for n in order}
     found: dict[str, Found] = {}
     for batch in _batches(sample for sample in read() if sample.key in best):
         squares, answers = _answers(network, card, batch, device)
-        tokens = torch.full((len(batch), len(names), max(len(wordings[best[one.key]][1]) for one in batch)), PAD)
+        said = [best[sample.key][1] for sample in batch]
+        tokens = torch.full((len(batch), 1, len(names), max(map(len, said))), PAD)
+        for i, sentence in enumerate(said):
+            tokens[i, 0, number, : len(sentence)] = torch.tensor(sentence)
+        attention = _tell(model, answers.features, answers.sharpening_map, tokens).attention(tokens.to(device))
         for i, sample in enumerate(batch):
-            sentence = wordings[best[sample.key]][1]
-            tokens[i, number, : len(sentence)] = torch.tensor(sentence)
-        _, attention = told_likelihoods(model, answers.features, answers.sharpening_map, tokens)
-        config = DataConfig.model_validate({**card.data, "shards": ""})
-        for i, sample in enumerate(batch):
-            mask = decode_mask(sample.mask, sample.where) if sample.mask is not None else None
             references = [card.reference(report) for report in sample.record.reports]
-            sentence = wordings[best[sample.key]][1]
-            seen = attention[i, i, number, : len(sentence)].mean(0).view(answers.features.shape[2:])
+            seen = attention[i, 0, number, : len(said[i])].mean(0).view(answers.features.shape[2:])
             found[sample.key] = Found(
                 key=sample.key,
                 image=squares[i],
-                mask=fit_mask_to_square(mask, config.image_size, config.fit) if mask is not None else None,
+                mask=prepare_mask(card, sample.mask, sample.where),
                 label=sample.record.label,
                 reference=next((report[names[number]] for report in references if names[number] in report), None),
                 said=" ".join(answers.words[i].get(names[number], [])),
-                probability=float(np.exp(together[number][keys.index(sample.key)])),
+                probability=probabilities[sample.key],
                 attention=seen.double().cpu().numpy(),
             )
     return names[number], [found[keys[n]] for n in order]
@@ -281,10 +267,7 @@ def _batches(samples: Iterator[RawSample]) -> Iterator[list[RawSample]]:
 def _answers(
     network: MDNet, card: ModelCard, batch: Sequence[RawSample], device: torch.device | str
 ) -> tuple[list[NDArray[np.uint8]], Answers]:
-    config = DataConfig.model_validate({**card.data, "shards": ""})
-    squares = [
-        fit_to_square(decode_image(sample.image, sample.where), config.image_size, config.fit) for sample in batch
-    ]
+    squares = [prepare_image(card, decode_image(sample.image, sample.where)) for sample in batch]
     return squares, answers_of(network, card, as_batch(squares, device))
 
 

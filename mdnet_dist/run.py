@@ -9,21 +9,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from mdnet_dist.config import GoogLeNetImageModel, RunConfig, flatten
 from mdnet_dist.console import say, table
 from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
 from mdnet_dist.errors import InputError, Preempted
-from mdnet_dist.evaluation import Evaluation, Explained, Prediction, reliability_of
+from mdnet_dist.evaluation import Evaluation, Prediction, reliability_of
 from mdnet_dist.explain_run import explain_best_and_worst
 from mdnet_dist.export import load_model
 from mdnet_dist.figures import draw_confusion_matrix, draw_reliability, draw_report, draw_training_curves
-from mdnet_dist.images import decode_mask, fit_mask_to_square
 from mdnet_dist.metrics.localization import UNIFORM
 from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_score, score_reports
+from mdnet_dist.predict import prepare_mask
 from mdnet_dist.run_data import RunData
 from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED
 from mdnet_dist.served_model import write_served_model
@@ -190,17 +188,9 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
             shown.answer.class_maps.get(str(shown.prediction.predicted_label)),
             shown.prediction.label,
             shown.prediction.references,
-            _fitted_mask(shown, data),
+            prepare_mask(data.card, shown.mask, shown.prediction.key),
             path=folder / f"report_{shown.prediction.key}.png",
         )
-
-
-def _fitted_mask(shown: Explained, data: RunData) -> np.ndarray | None:
-    """The annotation as it lies on the square that the network saw."""
-    if shown.mask is None:
-        return None
-    config = data.encoder.config
-    return fit_mask_to_square(decode_mask(shown.mask, shown.prediction.key), config.image_size, config.fit)
 
 
 def score_table(result: Result) -> str:

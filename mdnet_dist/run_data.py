@@ -25,7 +25,7 @@ from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
 from mdnet_dist.retrieval import Queries, collect_queries
-from mdnet_dist.sentences import REPORT, as_one_sentence
+from mdnet_dist.sentences import as_one_sentence
 from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardInfo, ShardManifest, load_manifest
 from mdnet_dist.vocabulary import Vocabulary, tokenize
 
@@ -73,8 +73,7 @@ class RunData:
         def references() -> Iterator[tuple[str, list[Report]]]:
             return ((sample.key, sample.record.reports) for sample in self.samples_of(parts))
 
-        names = [REPORT] if self.card.joined else self.card.topics
-        return on_first(lambda: collect_queries(references(), self.encoder, names))
+        return on_first(lambda: collect_queries(references(), self.encoder, self.card.sentences))
 
     def training_records(self) -> Iterator[SampleRecord]:
         """What is known of every training image, without decoding any."""

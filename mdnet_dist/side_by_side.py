@@ -12,7 +12,6 @@ import contextlib
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from mdnet_dist.distributed import free_port
 from mdnet_dist.errors import InputError
 
 STOP_SECONDS = 60.0
@@ -82,11 +82,8 @@ def gpu_numbers(gpus: int) -> list[str]:
 
 def launcher_command(arguments: Sequence[str], devices: Devices) -> list[str]:
     """The DeepSpeed launcher of this Python, on a port that no other job has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [sys.executable, launcher, "-q", "--master_port", str(port), *devices.launcher_options(), *arguments]
+    return [sys.executable, launcher, "-q", "--master_port", str(free_port()), *devices.launcher_options(), *arguments]
 
 
 class Running:
