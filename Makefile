@@ -44,6 +44,7 @@ format: venv
 
 docs: venv
 	$(RUN) -m mdnet_dist.config_docs > docs/configuration.md
+	$(RUN) -m tune.search_docs > docs/search_file.md
 
 venv: $(VENV)/.ready
 

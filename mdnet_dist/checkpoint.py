@@ -57,7 +57,7 @@ def save_checkpoint(
     Raises:
         InputError: it cannot be written: a full disk, a folder that is read-only or not a folder.
     """
-    folder = run_folder / FOLDER / f"step-{progress.step:08d}"
+    folder = run_folder / FOLDER / _step_name(progress.step)
     aside = _aside(folder)
     try:
         _clean_up(folder.parent)
@@ -109,7 +109,50 @@ def checkpoints(run_folder: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
     folder = run_folder / FOLDER
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def checkpoint_of_step(run_folder: Path, step: int) -> Path | None:
+    """The run's checkpoint of a step; None where there is none."""
+    return next((path for path in checkpoints(run_folder) if path.name == _step_name(step)), None)
+
+
+def copy_checkpoint(checkpoint: Path, run_folder: Path) -> Path:
+    """Make a checkpoint of one run the newest of another, whole or not at all; the other's later ones are deleted.
+
+    Returns:
+        the copy.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    folder = run_folder / FOLDER / checkpoint.name
+    aside = _aside(folder)
+    try:
+        _clean_up(folder.parent)
+        aside.mkdir(parents=True)
+        for path in checkpoint.iterdir():
+            shutil.copyfile(path, aside / path.name)
+        for path in (*aside.iterdir(), aside):
+            _synchronise(path)
+        for path in checkpoints(run_folder):
+            if _step_of(path) >= _step_of(checkpoint):
+                _delete(path)
+        aside.rename(folder)
+        _synchronise(folder.parent)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); make room there, then --resume") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -13,10 +13,11 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from yaml.constructor import ConstructorError
 
 from mdnet_dist.errors import InputError, nearest
@@ -26,6 +27,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Section(BaseModel):
@@ -36,7 +38,10 @@ class Section(BaseModel):
     )
 
 
-def _chosen_by(key: str, default: str | None) -> Discriminator:
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def chosen_by(key: str, default: str | None) -> Discriminator:
     """Choose among sections by their `key`; a mapping without it means `default`."""
     return Discriminator(
         lambda value: value.get(key, default) if isinstance(value, dict) else getattr(value, key, None)
@@ -190,7 +195,7 @@ class ModelConfig(Section):
         Annotated[MedicalImageModel, Tag("medical")]
         | Annotated[CifarImageModel, Tag("cifar")]
         | Annotated[GoogLeNetImageModel, Tag("googlenet")],
-        _chosen_by("form", "medical"),
+        chosen_by("form", "medical"),
     ] = MedicalImageModel()
     """D; `form` chooses among medical, cifar and googlenet."""
     language: LanguageModelConfig = LanguageModelConfig()
@@ -284,12 +289,19 @@ class PiecewiseBeta(Section):
 
     @model_validator(mode="after")
     def _knots_rise(self) -> PiecewiseBeta:
-        if not self.knots or any(len(knot) != 2 for knot in self.knots):
-            raise ValueError(f"knots {self.knots} must be pairs [fraction, beta]")
-        fractions = [knot[0] for knot in self.knots]
-        if any(later <= earlier for earlier, later in itertools.pairwise(fractions)):
-            raise ValueError(f"knots' fractions {fractions} must rise")
+        _check_knots(self.knots, "beta")
         return self
+
+
+def _check_knots(knots: list[list[float]], ordinate: str) -> None:
+    """Refuse what is not pairs, and fractions outside 0..1 or out of order."""
+    if not knots or any(len(knot) != 2 for knot in knots):
+        raise ValueError(f"knots {knots} must be pairs [fraction, {ordinate}]")
+    fractions = [knot[0] for knot in knots]
+    if any(later <= earlier for earlier, later in itertools.pairwise(fractions)):
+        raise ValueError(f"knots' fractions {fractions} must rise")
+    if fractions[-1] > 1:
+        raise ValueError(f"knots' fractions {fractions} must not exceed 1")
 
 
 BetaSchedule = Annotated[
@@ -299,7 +311,30 @@ BetaSchedule = Annotated[
     | Annotated[SigmoidBeta, Tag("sigmoid")]
     | Annotated[DelayedStepBeta, Tag("delayed_step")]
     | Annotated[PiecewiseBeta, Tag("piecewise")],
-    _chosen_by("kind", None),
+    chosen_by("kind", None),
+]
+
+
+class PiecewiseEta(Section):
+    """Straight lines in log eta between knots: halfway between knots of 1 and 4, eta is 2."""
+
+    kind: Literal["piecewise"]
+    """piecewise, the one kind of schedule that eta has."""
+    knots: list[list[NotNegative]]
+    """[[fraction of training done, eta], ...], fractions rising, eta above 0; constant before the first and after the
+    last."""
+
+    @model_validator(mode="after")
+    def _knots_rise(self) -> PiecewiseEta:
+        _check_knots(self.knots, "eta")
+        if any(eta <= 0 for _, eta in self.knots):
+            raise ValueError(f"knots {self.knots} must have eta above 0")
+        return self
+
+
+EtaSchedule = Annotated[
+    Annotated[PositiveFloat | Literal["balanced"], Tag("value")] | Annotated[PiecewiseEta, Tag("piecewise")],
+    Discriminator(lambda value: "piecewise" if isinstance(value, dict | PiecewiseEta) else "value"),
 ]
 
 
@@ -308,8 +343,9 @@ class BlendConfig(Section):
 
     beta: BetaSchedule = ConstantBeta(kind="constant", value=0.5)
     """Weight of the language loss on the image model, as a function of the fraction of training done."""
-    eta: PositiveFloat | Literal["balanced"] = 1.0
-    """Factor on the language gradient; balanced: the running ratio of both gradients' norms where they enter D."""
+    eta: EtaSchedule = 1.0
+    """Factor on the language gradient; balanced: the running ratio of both gradients' norms where they enter D; a
+    section: a function of the fraction of training done."""
     eta_memory: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """Share of the running norms that one step keeps; used by `eta: balanced` only."""
 
@@ -415,7 +451,7 @@ class SgdConfig(Section):
 
 OptimizerConfig = Annotated[
     Annotated[SgdAdamConfig, Tag("sgd_adam")] | Annotated[AdamWConfig, Tag("adamw")] | Annotated[SgdConfig, Tag("sgd")],
-    _chosen_by("kind", "sgd_adam"),
+    chosen_by("kind", "sgd_adam"),
 ]
 
 
@@ -481,7 +517,7 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FileName
     """Of the run's folder and of its MLflow run."""
     runs_folder: str = "runs"
     """Where run folders are made."""
@@ -614,6 +650,37 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not YAML, or not a mapping.
     """
+    values = parse_yaml(_read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a mapping of keys to values")
+    return values
+
+
+def key_lines(path: str | Path) -> dict[str, int]:
+    """The line, from 1, in which each key and each item of a list begins in a YAML file, by dotted key.
+
+    Raises:
+        InputError: as `read_yaml`.
+    """
+    read_yaml(path)  # what can be composed below is no valid configuration yet
+    root = yaml.compose(_read_text(path), _Loader)
+    lines: dict[str, int] = {}
+    below: list[tuple[str, yaml.Node | None]] = [("", root)]
+    while below:
+        prefix, node = below.pop()
+        if isinstance(node, yaml.MappingNode):
+            entries = [(str(key.value), key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            entries = [(str(number), item, item) for number, item in enumerate(node.value)]
+        else:
+            continue
+        for name, start, value in entries:
+            lines[f"{prefix}{name}"] = start.start_mark.line + 1
+            below.append((f"{prefix}{name}.", value))
+    return lines
+
+
+def _read_text(path: str | Path) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
@@ -623,13 +690,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a YAML file: {error}") from error
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"{path}: longer than {MAX_CHARACTERS:,} characters; a configuration is a page or two")
-    values = _parse(text, str(path))
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a mapping of keys to values")
-    return values
+    return text
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What is written in YAML, loaded safely.
+
+    Raises:
+        InputError: not YAML, beginning with `where`.
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -641,8 +710,11 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: nested too deeply") from None
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str, section: type[Section] = RunConfig) -> None:
     """Set one `dotted.key=value` in a nested mapping, in place; a mapping is merged into the one that is there.
+
+    Args:
+        section: what `values` are, for `merged`.
 
     Raises:
         InputError: no equals sign, a value that is not YAML, or a key below something that is not a mapping.
@@ -651,7 +723,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     where = f"override '{_cut(override)}'"
     if not equals or not key:
         raise InputError(f"{where}: must be dotted.key=value, as train.epochs=3, or a YAML file")
-    over = _parse(text, where)
+    over = parse_yaml(text, where)
     *above, last = key.split(".")
     below: Any = values
     for name in above:
@@ -661,7 +733,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     for name in reversed([*above, last]):
         over = {name: over}
     try:
-        values.update(merged(values, over))
+        values.update(merged(values, over, section))
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 
@@ -705,32 +777,47 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def check_config(values: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> RunConfig:
-    """Turn a nested mapping into a checked configuration.
+    """Turn a nested mapping into a checked configuration: `check_section` for a whole run."""
+    return check_section(RunConfig, values, source, origins)
+
+
+def check_section(
+    section: type[AnySection],
+    values: Mapping[str, Any],
+    source: str,
+    origins: Mapping[str, str] | None = None,
+    lines: Mapping[str, int] | None = None,
+) -> AnySection:
+    """Turn a nested mapping into a checked section.
 
     Args:
+        section: what the file describes.
         values: as read from YAML.
         source: file name for messages.
         origins: {dotted key: the overlay's file name, or `COMMAND_LINE`} of what does not come from `source`, in the
             order in which it was applied; for messages.
+        lines: {dotted key: its line in `source`} (`key_lines`), where messages are to name it.
 
     Raises:
         InputError: the first thing that is wrong, with its dotted key.
     """
     try:
-        return RunConfig.model_validate(dict(values))
+        return section.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(_first_error(error, source, origins or {})) from None
+        raise InputError(_first_error(section, error, source, origins or {}, lines or {})) from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply") from None
 
 
-def _first_error(error: ValidationError, source: str, origins: Mapping[str, str]) -> str:
+def _first_error(
+    section: type[Section], error: ValidationError, source: str, origins: Mapping[str, str], lines: Mapping[str, int]
+) -> str:
     """One line for pydantic's first error; unknown keys come first, because a misspelt key causes others."""
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
     detail = details[0]
-    holder, names = _locate(detail["loc"])
+    holder, names = _locate(detail["loc"], section)
     kind = detail["type"]
-    place = _place(names, source, origins, missing=kind == "missing")
+    place = place_of(names, source, origins, lines, missing=kind == "missing")
     if kind == "extra_forbidden":
         return f"{place}: unknown key; {nearest(names[-1], holder.model_fields)}"
     if kind == "missing":
@@ -742,13 +829,28 @@ def _first_error(error: ValidationError, source: str, origins: Mapping[str, str]
         return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
     # A field that may be one of several types has one message for each.
     wanted = dict.fromkeys(
-        _wanted(other["type"], other["msg"]) for other in details if _locate(other["loc"])[1] == names
+        _wanted(other["type"], other["msg"]) for other in details if _locate(other["loc"], section)[1] == names
     )
+    if names and (field := holder.model_fields.get(names[-1])) and _has_branches(field):
+        wanted |= {f"a mapping with {tag_key(section)}: {section_tag(section)}": None for section in sections_in(field)}
     return f"{place}: must be {' or '.join(wanted)}, but it is {_shown(detail['input'])}"
 
 
-def _place(names: list[str], source: str, origins: Mapping[str, str], *, missing: bool) -> str:
-    """Where what is wrong was written: the file, or the command line, and the dotted key."""
+def place_of(
+    names: Sequence[str],
+    source: str,
+    origins: Mapping[str, str],
+    lines: Mapping[str, int] | None = None,
+    *,
+    missing: bool = False,
+) -> str:
+    """Where what is wrong was written: the file and the line, or the command line, and the dotted key.
+
+    Args:
+        names: the key's parts.
+        source, origins, lines: as for `check_section`.
+        missing: nothing was written there, so the section that lacks it has to do.
+    """
     key = ".".join(names)
     for dotted, origin in reversed(list(origins.items())):
         if key == dotted or key.startswith(f"{dotted}."):
@@ -757,7 +859,9 @@ def _place(names: list[str], source: str, origins: Mapping[str, str], *, missing
     section = ".".join(names[:-1] if missing else names)
     within = f"{section}." if section else ""
     files = [origin for dotted, origin in origins.items() if origin != COMMAND_LINE and dotted.startswith(within)]
-    place = " with ".join(dict.fromkeys([source, *files]))
+    known = [".".join(names[:count]) for count in range(len(names), 0, -1)]
+    line = next((lines[part] for part in known if part in lines), None) if lines else None
+    place = " with ".join(dict.fromkeys([f"{source} line {line}" if line else source, *files]))
     return f"{place}: {_cut(key)}" if key else place
 
 
@@ -781,21 +885,30 @@ def _cut(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
+def _locate(location: tuple[int | str, ...], root: type[Section]) -> tuple[type[Section], list[str]]:
     """The section that owns a pydantic error location, and the location as the user writes it: without union tags."""
-    holder: type[Section] = RunConfig
-    choices: list[type[Section]] = [RunConfig]
+    holder = root
+    choices = [root]
     names: list[str] = []
+    at_branch = False
     for step in location:
-        if len(choices) > 1:  # pydantic names the branch of a union here, the user does not
+        if at_branch:  # pydantic names the branch of a union here, the user does not
             choices = [section for section in choices if section_tag(section) == step]
+            at_branch = False
         elif choices:
             holder = choices[0]
             names.append(str(step))
-            choices = sections_in(holder.model_fields[str(step)]) if step in holder.model_fields else []
+            field = holder.model_fields.get(str(step))
+            choices = sections_in(field) if field else []
+            at_branch = field is not None and _has_branches(field)
         elif isinstance(step, int):
             names.append(str(step))
     return holder, names
+
+
+def _has_branches(field: FieldInfo) -> bool:
+    """Whether a field holds one of several sections, or a section or something else."""
+    return bool(sections_in(field)) and len(get_args(field.annotation)) > 1
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

@@ -32,15 +32,21 @@ INT_LIMIT = 2**31
 """Of all whole numbers: said once, in the introduction."""
 
 
-def reference() -> str:
-    """The whole page, as Markdown."""
-    places: dict[type[Section], dict[str, str]] = {RunConfig: {}}
-    _collect(RunConfig, "", "", places)
+def reference(root: type[Section] = RunConfig, introduction: str = INTRODUCTION, title: str = "The run") -> str:
+    """The whole page, as Markdown.
+
+    Args:
+        root: the section that a file holds.
+        introduction: what the page begins with.
+        title: of the root's own keys.
+    """
+    places: dict[type[Section], dict[str, str]] = {root: {}}
+    _collect(root, "", "", places)
     holders = Counter(key for keys in places.values() for key in keys)
-    blocks = [INTRODUCTION]
+    blocks = [introduction]
     for section, keys in places.items():
         headings = [f"`{key}`{chosen if holders[key] > 1 else ''}" for key, chosen in keys.items()]
-        blocks.append(f"## {', '.join(headings) or 'The run'}")
+        blocks.append(f"## {', '.join(headings) or title}")
         blocks.append(_prose(section.__doc__ or ""))
         rows = [
             f"| `{name}` | {_type(field)} | {_default(field)} | {_prose(describe_field(section, name))} |"
@@ -82,7 +88,10 @@ def _type(field: FieldInfo) -> str:
     sections = sections_in(field)
     if len(sections) > 1:
         return f"section, by its `{tag_key(sections[0])}`"
-    return "section" if sections else _type_name(field.annotation, field.metadata)
+    if sections:
+        others = [choice for choice in get_args(field.annotation) if not sections_in(choice)]
+        return " or ".join([*map(_type_name, others), "section"])
+    return _type_name(field.annotation, field.metadata)
 
 
 def _type_name(annotation: Any, metadata: Iterable[Any] = ()) -> str:

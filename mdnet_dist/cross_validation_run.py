@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -37,9 +36,9 @@ from mdnet_dist.cross_validation import (
     table_text,
     values_of,
 )
-from mdnet_dist.errors import InputError, Preempted, TrainingFailed
+from mdnet_dist.errors import Preempted, TrainingFailed
 from mdnet_dist.figures import draw_folds
-from mdnet_dist.run_folder import CONFIG
+from mdnet_dist.run_folder import CONFIG, alone_in
 from mdnet_dist.shards import ShardManifest, load_manifest, write_atomically
 from mdnet_dist.side_by_side import Job, Running, run_side_by_side
 from mdnet_dist.tracking import RUN_NAME, Tracker, open_parent, run_tags
@@ -79,7 +78,10 @@ def cross_validate(request: Request) -> Path:
     manifest = load_manifest(Path(config.data.shards))
     runs = plan_folds(request.models, manifest, request.folds, folder)
     prepare_folder(folder, request.models, runs)
-    with _alone_in(folder) as lock, _stopped_by_signals():
+    with (
+        alone_in(folder / ".lock", "a cross-validation, or a fold that one has left running,") as lock,
+        _stopped_by_signals(),
+    ):
         tags = run_tags(request.accelerators, "gpu" if request.gpus else "cpu")
         tracker = open_parent(config.tracking, folder, flatten(config), tags, resume=(folder / RUN_NAME).exists())
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -93,23 +95,6 @@ def cross_validate(request: Request) -> Path:
         finally:
             tracker.close(status)
     return folder
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[int]:
-    """A lock on the folder, which its folds inherit: it lasts until the last of them has ended."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: a cross-validation, or a fold that one has left running, still works there; wait for it, "
-                "or stop it"
-            ) from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ class InputError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """White space single and control characters spelt out: names in files may hold what a terminal would obey."""
     single = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in single)

@@ -100,7 +100,7 @@ def draw_report(
         path: of the picture.
     """
     height = 3.75 + 1.72 * len(words)
-    figure = _new_figure(11, height)
+    figure = new_figure(11, height)
     above = figure.add_gridspec(1, 1, left=0.02, right=0.97, top=1 - 0.3 / height, bottom=1 - 2.7 / height)[0]
     head = above.subgridspec(1, 3, width_ratios=[1.25, 1.25, 1.5], wspace=0.12)
 
@@ -110,14 +110,14 @@ def draw_report(
 
     if class_map is not None:
         predicted = max(class_probabilities, key=lambda name: class_probabilities[name])
-        axes = _bare(figure.add_subplot(head[1]), f"Class activation: {_name(predicted, 28)}")
+        axes = _bare(figure.add_subplot(head[1]), f"Class activation: {short_name(predicted, 28)}")
         low, high = float(class_map.min()), float(class_map.max())
         axes.imshow(_overlay(image, class_map, low, high, "cividis"), extent=(0, image.shape[1], image.shape[0], 0))
         _outline(axes, mask, image.shape)
         _colour_bar(figure, axes, low, high, "cividis", "logit")
         _draw_probabilities(figure.add_subplot(head[2]), class_probabilities, predicted, label)
     if not words:
-        _write(figure, path)
+        write_figure(figure, path)
         return
 
     below = figure.add_gridspec(1, 1, left=0.02, right=0.99, top=1 - 3.35 / height, bottom=0.55 / height)[0]
@@ -134,7 +134,9 @@ def draw_report(
         panels: list[tuple[str, np.ndarray, float]] = []
         if topic in maps:
             panels += [("whole sentence", maps[topic].mean(axis=0), sentence_high)]
-            panels += [(f"“{_name(said[number], 18)}”", maps[topic][number], word_high) for number in chosen[topic]]
+            panels += [
+                (f"“{short_name(said[number], 18)}”", maps[topic][number], word_high) for number in chosen[topic]
+            ]
         for column, (title, values, most) in enumerate(panels, start=1):
             axes = _bare(
                 figure.add_subplot(rows[row, column]), title, size=8.5, weight="bold" if column == 1 else "normal"
@@ -148,7 +150,7 @@ def draw_report(
         first, last = (rows[len(words) - 1, column].get_position(figure) for column in (left, right))
         bar = figure.add_axes((first.x0, first.y0 - 0.115 / height, last.x1 - first.x0, 0.08 / height))
         _scale(figure, bar, 0.0, most, "viridis", f"{what} (1 = even)", horizontal=True)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def telling_words(words: Sequence[str], attention: np.ndarray, most: int = WORD_MAPS) -> list[int]:
@@ -174,13 +176,13 @@ def telling_words(words: Sequence[str], attention: np.ndarray, most: int = WORD_
 def _draw_sentence(axes: Any, topic: str, words: Sequence[str], reference: str | None) -> None:
     axes.axis("off")
     said = textwrap.wrap(" ".join(words) or "(nothing said)", 38)[:5]
-    axes.text(0.0, 0.97, _name(topic, 28), weight="bold", size=10, va="top", transform=axes.transAxes)
-    axes.text(0.0, 0.82, _plain("\n".join(said)), size=9, va="top", transform=axes.transAxes, linespacing=1.25)
+    axes.text(0.0, 0.97, short_name(topic, 28), weight="bold", size=10, va="top", transform=axes.transAxes)
+    axes.text(0.0, 0.82, plain("\n".join(said)), size=9, va="top", transform=axes.transAxes, linespacing=1.25)
     if reference is not None:
         lines = textwrap.wrap(f"reference: {reference}", 47)
         text = "\n".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
         options = {"size": 7.5, "va": "top", "color": "#555555", "transform": axes.transAxes, "linespacing": 1.2}
-        axes.text(0.0, 0.80 - 0.115 * len(said) - 0.04, _plain(text), **options)
+        axes.text(0.0, 0.80 - 0.115 * len(said) - 0.04, plain(text), **options)
 
 
 def _high(maps: Sequence[np.ndarray]) -> float:
@@ -193,7 +195,7 @@ def _draw_probabilities(axes: Any, probabilities: Mapping[str, float], predicted
     colours = [COLOURS[0] if name == predicted else QUIET for name in names]
     axes.barh(range(len(names)), [probabilities[name] for name in names], color=colours, height=0.55)
     for row, name in enumerate(names):
-        text = f"{_name(name)}  {probabilities[name]:.2f}" + ("  (true label)" if name == label else "")
+        text = f"{short_name(name)}  {probabilities[name]:.2f}" + ("  (true label)" if name == label else "")
         weight = "bold" if name == predicted else "normal"
         axes.text(0.0, row - 0.36, text, size=9, va="bottom", weight=weight)
     axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.8), yticks=[])
@@ -255,7 +257,7 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path
     columns = [*classes, "no class"]
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.6 + min(0.75 * len(classes), 10.0)
-    figure = _new_figure(side + 1.6, side, layout="tight")
+    figure = new_figure(side + 1.6, side, layout="tight")
     axes = figure.add_subplot()
     picture = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
     many = len(classes) > 15  # then numbers would not fit the cells
@@ -265,13 +267,15 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path
             column, row, text, ha="center", va="center", size=8, color="black" if share[row, column] > 0.5 else "white"
         )
     size = 9 if not many else max(3, 9 * 15 / len(classes))
-    axes.set_xticks(range(len(columns)), map(_name, columns), rotation=35 if not many else 90, ha="right", size=size)
-    axes.set_yticks(range(len(classes)), map(_name, classes), size=size)
+    axes.set_xticks(
+        range(len(columns)), map(short_name, columns), rotation=35 if not many else 90, ha="right", size=size
+    )
+    axes.set_yticks(range(len(classes)), map(short_name, classes), size=size)
     axes.set(xlabel="predicted", ylabel="true")
     right, total = int(np.trace(counts[:, : len(classes)])), int(counts.sum())
     axes.set_title(f"{right} of {total} right ({100 * right / max(total, 1):.1f} %)", size=11)
     figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_reliability(found: Reliability, path: Path) -> None:
@@ -281,7 +285,7 @@ def draw_reliability(found: Reliability, path: Path) -> None:
         found: accuracy and mean confidence by bin, numbers of images on the bars.
         path: of the picture.
     """
-    figure = _new_figure(5.2, 4.6, layout="tight")
+    figure = new_figure(5.2, 4.6, layout="tight")
     axes = figure.add_subplot()
     widths = [upper - lower for lower, upper in zip(found.lower, found.upper)]
     axes.bar(found.lower, found.accuracy, widths, align="edge", color=COLOURS[5], edgecolor="white", label="accuracy")
@@ -301,7 +305,7 @@ def draw_reliability(found: Reliability, path: Path) -> None:
     axes.set_title(f"{sum(found.images)} images, expected calibration error {found.error:.3f}", size=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.45, -0.13))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_contact_sheet(
@@ -324,8 +328,8 @@ def draw_contact_sheet(
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
     width, height = 3.5 * columns + 0.3, 2.75 * rows + 2.0
-    figure = _new_figure(width, height)
-    figure.suptitle(_name(title, 110), size=12, x=0.02, y=1 - 0.12 / height, ha="left", va="top")
+    figure = new_figure(width, height)
+    figure.suptitle(short_name(title, 110), size=12, x=0.02, y=1 - 0.12 / height, ha="left", va="top")
     grid = figure.add_gridspec(
         rows, columns, left=0.02, right=0.98, top=1 - 0.75 / height, bottom=1.7 / height, hspace=0.75, wspace=0.08
     )
@@ -338,7 +342,7 @@ def draw_contact_sheet(
         _outline(axes, mask, image.shape)
         axes.set_title(f"{number + 1}", size=10, weight="bold", loc="left", pad=3)
         text = "\n".join(part for line in lines for part in textwrap.wrap(line, 46)[:2])
-        axes.text(0.0, -0.05, _plain(text), size=7.5, va="top", transform=axes.transAxes, linespacing=1.25)
+        axes.text(0.0, -0.05, plain(text), size=7.5, va="top", transform=axes.transAxes, linespacing=1.25)
         axes = _bare(figure.add_subplot(pair[1]), "")
         axes.imshow(_overlay(image, values, 0.0, high, "viridis"), extent=(0, image.shape[1], image.shape[0], 0))
         _outline(axes, mask, image.shape, width=0.6)
@@ -346,7 +350,7 @@ def draw_contact_sheet(
     _scale(figure, bar, 0.0, high, "viridis", "attention to the sentence (1 = even)", horizontal=True)
     if any(mask is not None for mask in masks):
         figure.text(0.36, 0.45 / height, "orange outline: annotation", size=8, color="#555555")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -359,7 +363,7 @@ def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
     models = list(dict.fromkeys(model for values in panels.values() for model in values))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(max(2.2, 0.75 * len(models) + 1.4) * columns + 1.0, 2.7 * rows + 0.9, layout="tight")
+    figure = new_figure(max(2.2, 0.75 * len(models) + 1.4) * columns + 1.0, 2.7 * rows + 0.9, layout="tight")
     for number, (heading, values) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         axes.use_sticky_edges = False  # room below a bar too
@@ -372,9 +376,11 @@ def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
             axes.bar(place, 2 * spread, 0.6, bottom=mean - spread, color=colour, alpha=0.25)
             axes.hlines(mean, place - 0.3, place + 0.3, color=colour, linewidth=2)
             aside = np.linspace(-0.18, 0.18, folds.size) if folds.size > 1 else np.zeros(1)
-            axes.plot(place + aside, folds, marker, color=colour, markersize=4.5, label=_name(model))
+            axes.plot(place + aside, folds, marker, color=colour, markersize=4.5, label=short_name(model))
         axes.set_title(heading, size=10, loc="left")
-        axes.set_xticks(range(len(models)), [_name(model, 18) for model in models], size=8, rotation=20, ha="right")
+        axes.set_xticks(
+            range(len(models)), [short_name(model, 18) for model in models], size=8, rotation=20, ha="right"
+        )
         axes.set(xlim=(-0.6, len(models) - 0.4), ylabel="score, test fold" if (number - 1) % columns == 0 else "")
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -385,7 +391,7 @@ def draw_folds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
         handles, labels, title=title, fontsize=8, title_fontsize=8, frameon=False, ncol=len(models), loc="lower center"
     )
     figure.get_layout_engine().set(rect=(0, 0.9 / (2.7 * rows + 0.9), 1, 1))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_sweep(
@@ -404,7 +410,7 @@ def draw_sweep(
         errors: fractions.
         path: of the picture.
     """
-    figure = _new_figure(9.6, 4.4, layout="tight")
+    figure = new_figure(9.6, 4.4, layout="tight")
     panels = figure.subplots(1, 2, sharey=True)
     costs = (
         ("parameters, millions", [n / 1e6 for n in parameters]),
@@ -413,8 +419,8 @@ def draw_sweep(
     for axes, (label, values) in zip(panels, costs):
         for number, (name, value, error) in enumerate(zip(names, values, errors)):
             colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
-            axes.plot(value, 100 * error, marker, color=colour, markersize=9, label=_name(name))
-            axes.annotate(_name(name), (value, 100 * error), xytext=(8, 6), textcoords="offset points", size=9)
+            axes.plot(value, 100 * error, marker, color=colour, markersize=9, label=short_name(name))
+            axes.annotate(short_name(name), (value, 100 * error), xytext=(8, 6), textcoords="offset points", size=9)
         axes.set_xlabel(label)
         axes.margins(0.18)
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -422,8 +428,8 @@ def draw_sweep(
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("top-1 error, %")
     panels[1].legend(title="concat_depth", fontsize=8, frameon=False)
-    figure.suptitle(_name(title, 80), size=11)
-    _write(figure, path)
+    figure.suptitle(short_name(title, 80), size=11)
+    write_figure(figure, path)
 
 
 def draw_training_curves(metrics_jsonl: Path, path: Path) -> None:
@@ -446,13 +452,13 @@ def draw_training_curves(metrics_jsonl: Path, path: Path) -> None:
         raise InputError(f"{metrics_jsonl}: no losses, scores or schedules to draw; train for a step first")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(6.2 * columns, 2.9 * rows, layout="tight")
+    figure = new_figure(6.2 * columns, 2.9 * rows, layout="tight")
     last_step = max(1, *(step for _, _, names in panels for name in names for step, _ in curves[name]))
     for number, (title, axis, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         _draw_curves(axes, {name: curves[name] for name in names}, title, axis)
         axes.set_xlim(-0.02 * last_step, 1.02 * last_step)  # the same, so that panels can be compared
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _matching(names: Mapping[str, Any], pattern: str) -> list[str]:
@@ -465,7 +471,7 @@ def _draw_curves(axes: Any, curves: Mapping[str, list[tuple[int, float]]], title
         axes.plot(
             steps,
             values,  # matplotlib leaves gaps where a value is not finite
-            label=_name(name),
+            label=short_name(name),
             color=COLOURS[number % len(COLOURS)],
             linestyle=("-", "--", ":", "-.")[number // len(COLOURS) % 4],
             linewidth=1.4,
@@ -484,7 +490,8 @@ def _draw_curves(axes: Any, curves: Mapping[str, list[tuple[int, float]]], title
 # -------------------------------------------------------------------------------------------------------------- shared
 
 
-def _new_figure(width_inches: float, height_inches: float, layout: Literal["tight"] | None = None) -> Any:
+def new_figure(width_inches: float, height_inches: float, layout: Literal["tight"] | None = None) -> Any:
+    """An empty matplotlib Figure on white, outside pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_inches, height_inches), dpi=120, facecolor="white", layout=layout)
@@ -497,17 +504,18 @@ def _bare(axes: Any, title: str, size: float = 10, weight: str = "normal") -> An
     return axes
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")
 
 
-def _name(text: str, most: int = 40) -> str:
-    """`_plain` text that cannot push everything else out of the picture."""
-    return _plain(text if len(text) <= most else text[: most - 1] + "…")
+def short_name(text: str, most: int = 40) -> str:
+    """`plain` text that cannot push everything else out of the picture."""
+    return plain(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all, in the format that the path's suffix names (without one: PNG)."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # matplotlib's font lacks some scripts; a box in the picture says so, and the text stands in the other outputs.

@@ -1,12 +1,14 @@
 """One training run from configuration to scores: trainer, tracker and pictures put together.
 
-`launch/train.py` and every trial of a search call `run_training`; there is no second way to train.
+`launch/train.py` calls `run_training`, a trial of a search `run_trial`: the same without what is done only once, at the
+end. There is no second way to train.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mdnet_dist.config import GoogLeNetImageModel, RunConfig, flatten
@@ -26,7 +28,7 @@ from mdnet_dist.run_data import RunData
 from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED
 from mdnet_dist.served_model import write_served_model
 from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
-from mdnet_dist.trainer import Result, Trainer
+from mdnet_dist.trainer import OnValidation, Result, Trainer
 
 TABLE_ROWS = (
     "images", "dca", "label_accuracy", "macro_f1", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider",
@@ -40,28 +42,56 @@ def run_training(
     *,
     resume: bool = False,
     parent_run_id: str | None = None,
-    on_validation: Callable[[Mapping[str, float], int], None] | None = None,
+    on_validation: OnValidation | None = None,
 ) -> Result:
     """Train, score, export and log one run. Collective: every rank of the job calls it.
 
     Args:
         resume: continue from the run's last checkpoint.
         parent_run_id: MLflow run under which this one is shown.
-        on_validation: called on every rank with the validation metrics (val/...) and the step.
+        on_validation: told of each evaluation of the validation part; may end training.
 
     Raises:
         InputError: something the user gave is wrong.
         TrainingFailed: the loss stayed non-finite.
         Preempted: a signal asked to stop; a checkpoint is written.
     """
-    trainer = Trainer(config, resume=resume)
+    with _tracked_trainer(config, resume, parent_run_id, with_test=True) as (trainer, tracker):
+        trainer.train(tracker, on_validation)
+        result = trainer.finish(tracker)
+        if is_first():
+            _log_results(trainer, result, tracker)
+    return result
+
+
+def run_trial(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    parent_run_id: str | None = None,
+    on_validation: OnValidation | None = None,
+) -> None:
+    """Train and log one run of many that are compared by their validation scores. Collective, as `run_training`.
+
+    Test data is not read, and nothing is exported or drawn; `run_training` with `resume` does all that afterwards.
+
+    Args, Raises: as `run_training`.
+    """
+    with _tracked_trainer(config, resume, parent_run_id, with_test=False) as (trainer, tracker):
+        trainer.train(tracker, on_validation)
+
+
+@contextmanager
+def _tracked_trainer(
+    config: RunConfig, resume: bool, parent_run_id: str | None, *, with_test: bool
+) -> Iterator[tuple[Trainer, Tracker | None]]:
+    """A trainer, and on the first rank its tracker, which learns how it ended."""
+    trainer = Trainer(config, resume=resume, with_test=with_test)
     tracker = _start_tracking(trainer, resume, parent_run_id)
     status: str = "FAILED"
     try:
         say(_opening(trainer))
-        result = trainer.run(tracker, on_validation)
-        if is_first():
-            _log_results(trainer, result, tracker)
+        yield trainer, tracker
         status = "FINISHED"
     except Preempted:
         status = "KILLED"
@@ -70,7 +100,6 @@ def run_training(
         if tracker:
             tracker.close(status)  # type: ignore[arg-type]
     trainer.close()
-    return result
 
 
 def _start_tracking(trainer: Trainer, resume: bool, parent_run_id: str | None) -> Tracker | None:

@@ -98,8 +98,11 @@ class RunData:
         return on_first(lambda: any(len(tokenize(as_one_sentence(report, joined))) > longest for report in reports))
 
 
-def open_data(config: RunConfig) -> RunData:
+def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
     """Read the manifest, check this rank's share of the shards, and derive vocabulary and image statistics.
+
+    Args:
+        with_test: without it there is no test part, and its shards are not even opened.
 
     Raises:
         InputError: whatever is wrong with the shards or contradicts the configuration.
@@ -107,6 +110,7 @@ def open_data(config: RunConfig) -> RunData:
     folder = Path(config.data.shards)
     manifest = load_manifest(folder)
     train, validation, test = parts_of(manifest, config.data.fold)
+    test = test if with_test else []
     statistics = [manifest.parts[part] for part in train]
     samples = sum(part.samples for part in statistics)
     steps = steps_per_epoch(samples, config.train.global_batch)

@@ -13,9 +13,14 @@ metrics.jsonl      every logged point (`mdnet_dist.tracking`)
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from mdnet_dist.config import RunConfig, as_yaml
 from mdnet_dist.errors import InputError
@@ -26,7 +31,19 @@ CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl
 PICTURES, EXPLAINED, SERVED = "pictures", "explained", "mlflow_model"
 
 
-def new_run_folder(config: RunConfig) -> Path:
+class Named(Protocol):
+    """What has a folder: a run, or a search over runs."""
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+
+    @property
+    def runs_folder(self) -> str:
+        """Where it is made."""
+
+
+def new_run_folder(config: Named) -> Path:
     """Make the folder of a new run: runs/NAME, or the first free of runs/NAME-2, runs/NAME-3, ...
 
     Raises:
@@ -45,7 +62,7 @@ def new_run_folder(config: RunConfig) -> Path:
             return folder
 
 
-def existing_run_folder(config: RunConfig) -> Path:
+def existing_run_folder(config: Named) -> Path:
     """The folder to resume: the newest of runs/NAME, runs/NAME-2, ...
 
     Raises:
@@ -57,6 +74,38 @@ def existing_run_folder(config: RunConfig) -> Path:
     while (newer := folder.with_name(f"{config.name}-{number}")).is_dir():
         folder, number = newer, number + 1
     return folder
+
+
+@contextmanager
+def alone_in(lock: Path, who: str, wait_seconds: float = 0.0) -> Iterator[int]:
+    """A lock on a folder. Its descriptor is given: where this process is killed, the lock lasts as long as the last one
+    that has inherited it.
+
+    Args:
+        lock: file in the folder; made, and left there.
+        who: works there, for the message.
+        wait_seconds: how long to wait for another one to end.
+
+    Raises:
+        InputError: another one works there still.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise InputError(f"{lock.parent}: {who} still works there; wait for it, or stop it") from error
+            time.sleep(0.1)
+        try:
+            yield descriptor
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # for processes that were forked meanwhile as well
+    finally:
+        os.close(descriptor)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

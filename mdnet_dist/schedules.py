@@ -11,6 +11,7 @@ from mdnet_dist.config import (
     DelayedStepBeta,
     LinearBeta,
     PiecewiseBeta,
+    PiecewiseEta,
     ScheduleConfig,
     SigmoidBeta,
 )
@@ -31,18 +32,34 @@ def beta_at(schedule: BetaSchedule, fraction: float) -> float:
         case DelayedStepBeta():
             progress = float(fraction >= schedule.at)
         case PiecewiseBeta():
-            return _interpolate(schedule.knots, fraction)
+            low, high, share = _between(schedule.knots, fraction)
+            return low + (high - low) * share
     return schedule.start + (schedule.end - schedule.start) * progress
 
 
-def _interpolate(knots: list[list[float]], fraction: float) -> float:
-    """Straight lines between knots, constant outside them."""
+def eta_at(schedule: float | PiecewiseEta, fraction: float) -> float:
+    """eta of Eq. 12 when `fraction` (0..1) of training is done; `balanced` is `EtaBalance`'s.
+
+    Interpolated in log eta: eta is a factor, and a doubling is as much anywhere.
+    """
+    if not isinstance(schedule, PiecewiseEta):
+        return float(schedule)
+    low, high, share = _between(schedule.knots, fraction)
+    return float(low ** (1 - share) * high**share)
+
+
+def _between(knots: list[list[float]], fraction: float) -> tuple[float, float, float]:
+    """The values of the knots left and right of a fraction and the share of the way between them that is done.
+
+    Outside the knots both values are the nearest one's and the share is 0.
+    """
     before = [knot for knot in knots if knot[0] <= fraction]
     after = [knot for knot in knots if knot[0] > fraction]
     if not before or not after:
-        return (after[0] if after else before[-1])[1]
+        value = (after[0] if after else before[-1])[1]
+        return value, value, 0.0
     (left, low), (right, high) = before[-1], after[0]
-    return low + (high - low) * (fraction - left) / (right - left)
+    return low, high, (fraction - left) / (right - left)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, fraction: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 
 
@@ -13,7 +14,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        # Python lets only the main thread handle signals. Ray Train runs training in another one, and stops it itself.
+        heeded = self.SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True

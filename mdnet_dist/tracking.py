@@ -77,6 +77,15 @@ def default_tracking_uri(checkout: Path | None = None) -> str:
     return _sqlite_uri((checkout or (repository if in_repository else Path.cwd())) / "runs" / "mlflow.db")
 
 
+def tracking_uri(config: TrackingConfig) -> str:
+    """The store that runs of a configuration are logged to; of sqlite the same from every folder.
+
+    Raises:
+        InputError: MLflow keeps no runs there.
+    """
+    return _checked_uri(config.uri or default_tracking_uri())
+
+
 def prepare_store(uri: str) -> None:
     """Create the store where it does not exist yet, one process at a time: two that set up one file break it.
 
@@ -176,6 +185,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        # Closing alone is not enough: a loader process that another thread has forked meanwhile holds it too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -214,6 +225,15 @@ def _is_active(client: Any, run_id: str) -> bool:
         if _code(error) == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
+
+
+def _run_named(client: Any, experiment_id: str, run_name: str, parent_run_id: str) -> str | None:
+    """The id of the run of that name below a parent: one whose process was killed before it could write the id down."""
+    quoted = run_name.replace("'", "")
+    found = client.search_runs(
+        [experiment_id], f"tags.mlflow.parentRunId = '{parent_run_id}' and attributes.run_name = '{quoted}'"
+    )
+    return str(found[0].info.run_id) if found else None
 
 
 class _NotDelivered(Exception):
@@ -604,7 +624,7 @@ def open_tracker(
     Raises:
         InputError: the store does not answer, is of a kind that MLflow gave up, or the experiment was deleted.
     """
-    uri = _checked_uri(config.uri or default_tracking_uri())
+    uri = tracking_uri(config)
     run_folder.mkdir(parents=True, exist_ok=True)
     run = _read_run(run_folder) if resume else {}
     if run.get("uri") != without_password(uri):
@@ -614,7 +634,8 @@ def open_tracker(
         if not run or not _is_active(client, run["run_id"]):
             experiment_id = _experiment(client, config.experiment, uri)
             nesting = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-            run_id = client.create_run(experiment_id, run_name=run_name, tags=nesting).info.run_id
+            run_id = _run_named(client, experiment_id, run_name, parent_run_id) if resume and parent_run_id else None
+            run_id = run_id or client.create_run(experiment_id, run_name=run_name, tags=nesting).info.run_id
             run = {"uri": without_password(uri), "experiment_id": experiment_id, "run_id": run_id}
     except Exception as error:
         if not run and isinstance(error, InputError):
@@ -676,6 +697,37 @@ def reopen_tracker(run_folder: Path) -> Tracker | None:
         return None
     config = TrackingConfig(uri=_uri_of(run))
     return open_tracker(config, run_folder, run_folder.name, {}, {}, resume=True)
+
+
+def end_run(run_folder: Path, status: Literal["FINISHED", "FAILED", "KILLED"], tags: Mapping[str, str]) -> None:
+    """Complete the MLflow run of a folder whose process was stopped from outside: all points, tags, status.
+
+    What the store does not take is kept in the folder, as by any tracker; a folder that was never logged is left alone.
+    """
+    run = _read_run(run_folder)
+    if not run:
+        return
+    unsent = _UnsentFile(run_folder / UNSENT_NAME)
+    operations = _missing_in(
+        read_metrics(run_folder / METRICS_NAME),
+        [operation for operation in unsent.read() if operation["kind"] != "status"],
+    )
+    operations += [
+        {"kind": "tags", "values": {name: _text(value, 8000) for name, value in tags.items()}},
+        {"kind": "status", "status": status, "time_ms": round(time.time() * 1000)},
+    ]
+    try:
+        _Delivery(run_folder, _uri_of(run), run["run_id"], ask_first=True).deliver(operations)
+        unsent.write(b"")
+    except _NotDelivered as failure:
+        unsent.write(_as_lines(failure.operations))
+        reason = _reason(failure.__cause__ or failure)
+        say(f"{run['uri']} does not take everything ({reason}); `python -m mdnet_dist.tracking {run_folder}` sends it")
+
+
+def run_id_of(run_folder: Path) -> str | None:
+    """The id of a folder's MLflow run; None where it was never logged."""
+    return _read_run(run_folder).get("run_id")
 
 
 def _uri_of(run: Mapping[str, str]) -> str:

@@ -48,7 +48,7 @@ from mdnet_dist.plan import accumulation_steps
 from mdnet_dist.pretrained import pretrained_weights
 from mdnet_dist.run_data import RunData, open_data
 from mdnet_dist.run_folder import existing_run_folder, new_run_folder, write_config, write_scores
-from mdnet_dist.schedules import EtaBalance, beta_at
+from mdnet_dist.schedules import EtaBalance, beta_at, eta_at
 from mdnet_dist.signals import StopRequest
 from mdnet_dist.tracking import Tracker
 
@@ -62,6 +62,20 @@ class Result:
     test: Evaluation | None
     data: RunData
     nltk_data: Path  # where WordNet is, for METEOR
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What `on_validation` is told, on every rank the same."""
+
+    epoch: int  # done
+    step: int  # optimiser steps done
+    metrics: dict[str, float]  # val/..., and what was last logged of training: train/..., lr/..., speed/...
+
+
+OnValidation = Callable[[Validation], bool]
+"""Called on every rank when an evaluation of the validation part has been logged and its checkpoint written; returns
+whether training goes on, on every rank the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +95,18 @@ class StepReport:
 class Trainer:
     """One run on one set of ranks."""
 
-    def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool = False, with_test: bool = True) -> None:
         """Check all input, build network and engine, and load the last checkpoint where `resume` asks for it.
+
+        Args:
+            with_test: without it the test part is never read (`open_data`).
 
         Raises:
             InputError: whatever is wrong with configuration, shards or checkpoint; before anything is written.
         """
         self.config = config
         self.device = start_processes()
-        self.data: RunData = open_data(config)
+        self.data: RunData = open_data(config, with_test=with_test)
         self.steps = config.train.epochs * self.data.steps_per_epoch
         pretrained = None if resume else self._pretrained()
         self.folder = on_first(lambda: existing_run_folder(config) if resume else new_run_folder(config))
@@ -100,7 +117,8 @@ class Trainer:
         self.nltk_data = Path(config.runs_folder) / "nltk_data"
         self.step, self.updates, self.bad_steps = 0, 0, 0
         self.best_score: float | None = None
-        self._stop: StopRequest | None = None  # while `run` runs
+        self._stop: StopRequest | None = None  # while `train` runs
+        self._last_measured: dict[str, float] = {}  # of training, as it was logged
         self.eta = EtaBalance(config.blend.eta_memory)
         # The same weights on every rank, whatever was drawn before.
         torch.manual_seed(config.train.seed)
@@ -188,21 +206,18 @@ class Trainer:
     def current_eta(self) -> float:
         """eta of the coming step."""
         eta = self.config.blend.eta
-        return self.eta.eta if eta == "balanced" else float(eta)
+        return self.eta.eta if isinstance(eta, str) else eta_at(eta, (self.step + 0.5) / self.steps)
 
     def _images(self, batch: Batch) -> torch.Tensor:
         return self.data.card.normalise(batch.images).contiguous(memory_format=torch.channels_last)
 
     # --------------------------------------------------------------------------------------------------------- loop
 
-    def run(
-        self, tracker: Tracker | None = None, on_validation: Callable[[Mapping[str, float], int], None] | None = None
-    ) -> Result:
-        """Train to the end, validating and saving on the way; then score the best weights on the test part, once.
+    def train(self, tracker: Tracker | None = None, on_validation: OnValidation | None = None) -> None:
+        """Train to the end, or to where `on_validation` says stop, validating and saving on the way.
 
         Args:
             tracker: on the first rank.
-            on_validation: called on every rank with the validation metrics and the step.
 
         Raises:
             Preempted: a signal asked to stop, and a checkpoint has been written.
@@ -217,14 +232,13 @@ class Trainer:
         finally:
             progress.close()
             self._stop.restore()
-        return self._finish(tracker)
 
     def _train(
         self,
         batches: Iterator[Batch],
         progress: ProgressBar,
         tracker: Tracker | None,
-        on_validation: Callable[[Mapping[str, float], int], None] | None,
+        on_validation: OnValidation | None,
     ) -> None:
         every, epoch_steps = self.config.train.log_every_steps, self.data.steps_per_epoch
         since, waited, logged = time.monotonic(), 0.0, self.step
@@ -235,7 +249,7 @@ class Trainer:
             if self.step % every == 0 or self.step == self.steps:
                 seconds = time.monotonic() - since
                 speed = (self.step - logged) * self.config.train.global_batch / seconds
-                measured = self._measured(report, beta, eta, speed, waited / seconds)
+                measured = self._last_measured = self._measured(report, beta, eta, speed, waited / seconds)
                 since, waited, logged = time.monotonic(), 0.0, self.step
                 if tracker:
                     tracker.log_metrics(measured, self.step)
@@ -248,7 +262,8 @@ class Trainer:
                 raise Preempted(f"stopped by a signal; {self.save(None)} holds step {self.step}, --resume continues")
             if self.step % epoch_steps == 0:
                 paused = time.monotonic()
-                self._end_of_epoch(self.step // epoch_steps, tracker, on_validation)
+                if not self._end_of_epoch(self.step // epoch_steps, tracker, on_validation):
+                    return
                 since += time.monotonic() - paused
 
     def _measured(
@@ -279,11 +294,10 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- evaluate and save
 
-    def _end_of_epoch(
-        self, epoch: int, tracker: Tracker | None, on_validation: Callable[[Mapping[str, float], int], None] | None
-    ) -> None:
+    def _end_of_epoch(self, epoch: int, tracker: Tracker | None, on_validation: OnValidation | None) -> bool:
+        """Validate and save where it is time to; returns whether training goes on."""
         train, last = self.config.train, self.step == self.steps
-        score = None
+        score, validation = None, None
         if self.data.validation and (last or epoch % self.config.evaluate.every_epochs == 0):
             metrics = {f"val/{name}": value for name, value in self.evaluate(self.data.validation).metrics.items()}
             score = main_score(
@@ -291,7 +305,7 @@ class Trainer:
             )
             if score is None:
                 raise InputError(f"evaluate.metric '{self.config.evaluate.metric}' is not measured; {_known(metrics)}")
-            metrics["val/score"] = score
+            metrics |= {"val/score": score, "progress/epoch": float(epoch)}
             shown = {
                 name: metrics[f"val/{name}"]
                 for name in ("dca" if "val/dca" in metrics else "label_accuracy", "bleu4", "loss_m", "loss_l")
@@ -300,13 +314,18 @@ class Trainer:
             say(f"epoch {epoch}/{train.epochs}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
             if tracker:
                 tracker.log_metrics(metrics, self.step)
-            if on_validation:
-                on_validation(metrics, self.step)
+            validation = Validation(epoch=epoch, step=self.step, metrics={**self._last_measured, **metrics})
         better = score is not None and (self.best_score is None or score > self.best_score)
         if better:
             self.best_score = score
-        if last or better or epoch % train.checkpoint_every_epochs == 0:
+        saves = last or better or epoch % train.checkpoint_every_epochs == 0
+        if saves:
             self.save(score)
+        # After the checkpoint: whoever is told of a score may count on it.
+        goes_on = on_validation is None or validation is None or on_validation(validation)
+        if not goes_on and not saves:
+            self.save(score)
+        return goes_on
 
     def evaluate(self, parts: list[str], pictures: int = 0, *, retrieval: bool = False) -> Evaluation:
         """Score the network as it is on some parts, over all ranks. Collective.
@@ -364,8 +383,8 @@ class Trainer:
         self.eta.norms, self.best_score = list(progress.eta_norms), progress.best_score
         say(f"resuming {self.folder} at step {self.step} of {self.steps}")
 
-    def _finish(self, tracker: Tracker | None) -> Result:
-        """Score the best checkpoint on validation and test parts and export it."""
+    def finish(self, tracker: Tracker | None = None) -> Result:
+        """Score the best checkpoint on the validation part and, once, on the test part, and export it. Collective."""
         best = from_first(best_checkpoint(self.folder) if is_first() else None)
         if best is not None:
             self.engine.load_weights(load_checkpoint(best)[1])

@@ -28,6 +28,8 @@ ALONE: dict[str, tuple[str, ...]] = {
     # Runs are recorded by one file. A model is packaged by another, and served by a third, which travels with it.
     "mlflow": ("mdnet_dist/tracking.py", "mdnet_dist/served_model.py", SERVED_CODE),
     "ray": ("tune/",),
+    "optuna": ("tune/proposals.py",),
+    "sklearn": ("tune/importance.py",),
 }
 """Each heavy dependency and the one file, or folder, that may import it; MLflow has one for each of three tasks."""
 
@@ -62,7 +64,7 @@ def test_the_sources_are_found() -> None:
 def test_one_heavy_dependency_one_file(dependency: str) -> None:
     users = [relative(path) for path in SOURCES if dependency in {name.partition(".")[0] for name in imported(path)}]
     assert all(user.startswith(ALONE[dependency]) for user in users)
-    assert users or dependency == "ray", f"nobody uses {dependency}: this test would not notice a second user"
+    assert users, f"nobody uses {dependency}: this test would not notice a second user"
 
 
 def test_the_network_and_its_scores_need_torch_numpy_and_nltk_alone() -> None:
@@ -79,7 +81,7 @@ def test_the_network_and_its_scores_run_without_the_other_dependencies() -> None
     lines = (REPOSITORY / "setup.cfg").read_text(encoding="utf-8").splitlines()
     block = lines[lines.index("install_requires =") + 1 :]
     names = [re.match(r"    ([a-z]+)", line) for line in block[: block.index("")]]
-    required = {"pillow": "PIL", "pyyaml": "yaml"}
+    required = {"pillow": "PIL", "pyyaml": "yaml", "scikit": "sklearn"}
     heavy = {required.get(found[1], found[1]) for found in names if found} - {
         "torch",
         "numpy",
@@ -87,7 +89,7 @@ def test_the_network_and_its_scores_run_without_the_other_dependencies() -> None
         "pydantic",
         "yaml",
     }
-    assert heavy >= {"deepspeed", "webdataset", "mlflow", "ray", "PIL", "safetensors", "matplotlib", "tqdm"}
+    assert heavy >= {"deepspeed", "webdataset", "mlflow", "ray", "PIL", "safetensors", "matplotlib", "tqdm", "sklearn"}
     modules = [
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in SOURCES
@@ -95,7 +97,7 @@ def test_the_network_and_its_scores_run_without_the_other_dependencies() -> None
     ]
     program = f"""
         import importlib, sys
-        for name in {sorted(heavy | {"pandas", "pydicom", "pycocoevalcap"})}:
+        for name in {sorted(heavy | {"pandas", "pydicom", "pycocoevalcap", "optuna"})}:
             sys.modules[name] = None  # an import of it then fails
         for name in {modules}:
             importlib.import_module(name)
@@ -177,7 +179,7 @@ def test_help_comes_at_once(command: list[str]) -> None:
     assert ("usage:" in ended.stdout) == ("--help" in command)
     modules = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
     assert "encodings" in modules, "the list of imports was not understood"
-    assert not modules & {"torch", "deepspeed", "mlflow", "ray", "matplotlib"}
+    assert not modules & {"torch", "deepspeed", "mlflow", "ray", "matplotlib", "optuna", "sklearn"}
     assert cpu_seconds() - before < 1
 
 

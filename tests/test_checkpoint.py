@@ -23,7 +23,9 @@ from mdnet_dist import checkpoint
 from mdnet_dist.checkpoint import (
     Progress,
     best_checkpoint,
+    checkpoint_of_step,
     checkpoints,
+    copy_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     read_progress,
@@ -324,6 +326,119 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "step-00000002: cannot be written" in ended.stdout
+
+
+# ------------------------------------------------------------------------------------------------- from run to run
+
+
+def test_a_checkpoint_is_found_by_its_step(tmp_path: Path) -> None:
+    assert checkpoint_of_step(tmp_path, 3) is None
+    for step in (3, 30, 300_000_000):
+        save(tmp_path, step)
+    for step in (3, 30, 300_000_000):
+        found = checkpoint_of_step(tmp_path, step)
+        assert found is not None and read_progress(found).step == step
+    for step in (0, 2, 4, 33, 3000):
+        assert checkpoint_of_step(tmp_path, step) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(own=st.sets(st.integers(1, 6)), copied=st.integers(1, 6))
+def test_a_copy_becomes_the_newest_checkpoint_of_the_other_run(
+    own: set[int], copied: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "copies"
+    shutil.rmtree(folder, ignore_errors=True)
+    source = save_checkpoint(folder / "parent", progress_at(copied, 0.5), some_weights(copied), STATE)
+    for step in own:
+        save_checkpoint(folder / "child", progress_at(step, 0.25), some_weights(100 + step), {})
+    copy = copy_checkpoint(source, folder / "child")
+    assert copy == checkpoints(folder / "child")[-1] == folder / "child" / "checkpoints" / f"step-{copied:08d}"
+    progress, weights, state = load_checkpoint(copy)
+    assert (progress, same(weights, some_weights(copied)), same(state, STATE)) == (progress_at(copied, 0.5), True, True)
+    kept = sorted(step for step in own if step < copied)
+    assert names(folder / "child") == [f"step-{step:08d}" for step in [*kept, copied]]
+    for path, step in zip(checkpoints(folder / "child"), kept):
+        assert same(load_checkpoint(path)[1], some_weights(100 + step))
+    assert names(folder / "parent") == [f"step-{copied:08d}"]
+    assert copy_checkpoint(source, folder / "child") == copy, "a second time changes nothing"
+    assert same(load_checkpoint(copy)[1], some_weights(copied))
+
+
+@pytest.mark.parametrize("function", ["copyfile", "_synchronise"])
+def test_a_copy_for_which_there_is_no_room_leaves_everything_as_it_was(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "parent", 2)
+    for step in (1, 2, 3):
+        save(tmp_path / "child", step, 0.5)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil if function == "copyfile" else checkpoint, function, full)
+        with pytest.raises(InputError) as caught:
+            copy_checkpoint(source, tmp_path / "child")
+    assert str(caught.value) == (
+        f"{tmp_path}/child/checkpoints/step-00000002: cannot be written (No space left on device); make room there, "
+        "then --resume"
+    )
+    assert names(tmp_path / "child") == ["step-00000001", "step-00000002", "step-00000003"]
+    assert read_progress(tmp_path / "child" / "checkpoints" / "step-00000002").score == 0.5
+
+
+def test_a_copy_that_was_killed_is_copied_again_and_never_half_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of the operations that change the child's folder."""
+    source = save(tmp_path / "parent", 2, 0.75)
+
+    class Killed(BaseException):
+        pass
+
+    operations = {Path: ("mkdir", "rename"), checkpoint.shutil: ("copyfile",)}
+    for survived in range(20):
+        child = tmp_path / f"child-{survived}"
+        for step in (1, 2, 3):
+            save(child, step, 0.5)
+        left = [survived]
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *arguments, **options: None)  # a kill cleans up nothing
+            for owner, fused in operations.items():
+                for name in fused:
+                    patch.setattr(owner, name, fuse_of(left, Killed, getattr(owner, name)))
+            try:
+                copy_checkpoint(source, child)
+            except Killed:
+                pass
+            else:
+                break
+        for path in checkpoints(child):
+            progress, weights, _ = load_checkpoint(path)
+            assert same(weights, some_weights(progress.step)) and progress.score in (0.5, 0.75)
+        copy_checkpoint(source, child)
+        assert names(child) == ["step-00000001", "step-00000002"]
+        assert read_progress(checkpoints(child)[-1]).score == 0.75
+    assert survived >= 5
+
+
+def fuse_of(left: list[int], killed: type[BaseException], function: Callable[..., object]) -> Callable[..., object]:
+    """The function, which kills once so many calls of its like have been made."""
+
+    def call(*arguments: object, **options: object) -> object:
+        if left[0] == 0:
+            raise killed
+        left[0] -= 1
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_what_is_not_there_cannot_be_copied(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"step-00000009: cannot be written \(No such file"):
+        copy_checkpoint(tmp_path / "parent" / "checkpoints" / "step-00000009", tmp_path / "child")
+    assert names(tmp_path / "child") == []
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from mdnet_dist.config import (
     COMMAND_LINE,
+    PiecewiseEta,
     RunConfig,
     Section,
     apply_override,
@@ -162,6 +163,51 @@ def test_another_kind_replaces_the_one_below_whole(overrides: list[str], expecte
     assert expected.items() <= accepted(*overrides).blend.beta.model_dump().items()
 
 
+ETA_KNOTS = "blend.eta={kind: piecewise, knots: [[0, 4], [1, 0.5]]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["blend.eta=3"], 3.0),
+        ([ETA_KNOTS], [[0.0, 4.0], [1.0, 0.5]]),
+        ([ETA_KNOTS, "blend.eta=2.0"], 2.0),
+        ([ETA_KNOTS, "blend.eta=balanced"], "balanced"),
+        (["blend.eta=2.0", ETA_KNOTS], [[0.0, 4.0], [1.0, 0.5]]),
+        (["blend.eta=balanced", ETA_KNOTS], [[0.0, 4.0], [1.0, 0.5]]),
+        ([ETA_KNOTS, "blend.eta.knots=[[0.5, 7]]"], [[0.5, 7.0]]),
+        ([ETA_KNOTS, "blend.eta={knots: [[0.5, 7]]}"], [[0.5, 7.0]]),
+        ([ETA_KNOTS, "blend={eta: 5, eta_memory: 0.5}"], 5.0),
+    ],
+)
+def test_eta_is_a_number_or_balanced_or_knots_and_each_replaces_the_other(
+    overrides: list[str], expected: Any, smallest_file: Path
+) -> None:
+    config = accepted(*overrides)
+    eta = config.blend.eta
+    assert (eta.knots if isinstance(eta, PiecewiseEta) else eta) == expected
+    flat = flatten(config)
+    assert flat.get("blend.eta", flat.get("blend.eta.knots")) == expected
+    smallest_file.write_text(as_yaml(config))
+    assert load_config(smallest_file) == config
+    assert load_config(smallest_file, ["blend.eta=9"]).blend.eta == 9.0
+    assert load_config(smallest_file, [ETA_KNOTS]).blend == accepted(*overrides, ETA_KNOTS).blend
+
+
+def test_knots_of_eta_in_an_overlay_replace_a_number(smallest_file: Path, tmp_path: Path) -> None:
+    smallest_file.write_text("name: a\ndata: {shards: set}\nblend: {eta: 2.0}\n")
+    overlay = tmp_path / "over.yaml"
+    overlay.write_text("blend: {eta: {kind: piecewise, knots: [[0, 1], [0.5, 2]]}}\n")
+    assert load_config(smallest_file, [str(overlay)]).blend.eta == PiecewiseEta(
+        kind="piecewise", knots=[[0.0, 1.0], [0.5, 2.0]]
+    )
+    overlay.write_text("blend: {eta: {kind: piecewise, knots: [[0, 1], [0.5, x]]}}\n")
+    with pytest.raises(InputError, match=r"over\.yaml: blend\.eta\.knots\.1\.1: must be a valid number, but it is 'x'"):
+        load_config(smallest_file, [str(overlay)])
+    with pytest.raises(InputError, match=r"'blend\.eta\.knots=\[\[0, 1\]\]': 'eta' is 2\.0, not a mapping"):
+        load_config(smallest_file, ["blend.eta.knots=[[0, 1]]"])
+
+
 def test_a_tag_that_is_not_given_means_the_default() -> None:
     config = accepted("model.image.stem_channels=16", "model.image={form: medical, concat_depth: 0}")
     assert (config.model.image.stem_channels, config.model.image.concat_depth) == (16, 0)  # type: ignore[union-attr]
@@ -276,7 +322,36 @@ def _required(section: type[Section]) -> dict[str, Any]:
         ("train.zero_stage=4", "override 'train.zero_stage': must be less than or equal to 3, but it is 4"),
         ("model.image.stage_strides=[true, 2, 2, 1]", "override 'model.image.stage_strides.0': must be a valid int"),
         ("model.image.concat_depth=ful", "'model.image.concat_depth': must be a valid integer or 'full', but it is"),
-        ("blend.eta=balancd", "override 'blend.eta': must be a valid number or 'balanced', but it is 'balancd'"),
+        (
+            "blend.eta=balancd",
+            "'blend.eta': must be a valid number or 'balanced' or a mapping with kind: piecewise, but it is 'balancd'",
+        ),
+        ("blend.eta=true", "'blend.eta': must be a valid number or 'balanced' or a mapping with kind: piecewise, but"),
+        (
+            "blend.eta=[1]",
+            "'blend.eta': must be a valid number or 'balanced' or a mapping with kind: piecewise, but it",
+        ),
+        (
+            "blend.eta=0",
+            "'blend.eta': must be greater than 0 or 'balanced' or a mapping with kind: piecewise, but it is 0",
+        ),
+        ("blend.eta={}", "override 'blend.eta.kind': missing; piecewise, the one kind of schedule that eta has."),
+        ("blend.eta={kind: linear}", "override 'blend.eta.kind': must be 'piecewise', but it is 'linear'"),
+        ("blend.eta={kind: value}", "override 'blend.eta.kind': must be 'piecewise', but it is 'value'"),
+        ("blend.eta={kind: piecewise}", "override 'blend.eta.knots': missing; [[fraction of training done, eta], ..."),
+        ("blend.eta={kind: piecewise, knotts: 1}", "override 'blend.eta.knotts': unknown key; did you mean 'knots'?"),
+        ("blend.eta={kind: piecewise, knots: 1}", "override 'blend.eta.knots': must be a valid list, but it is 1"),
+        (
+            "blend.eta={kind: piecewise, knots: [[0, x]]}",
+            "'blend.eta.knots.0.1': must be a valid number, but it is 'x'",
+        ),
+        ("blend.eta={kind: piecewise, knots: [[0, .inf]]}", "'blend.eta.knots.0.1': must be a finite number, but it"),
+        ("blend.eta={kind: piecewise, knots: [[0, -1]]}", "'blend.eta.knots.0.1': must be greater than or equal to 0"),
+        (
+            "blend.eta={kind: piecewise, knots: [[-0.5, 1]]}",
+            "'blend.eta.knots.0.0': must be greater than or equal to 0",
+        ),
+        ("blend.beta={kind: piecewise, knots: [[0, 2]]}", "'blend.beta.knots.0.1': must be less than or equal to 1"),
         ("augment.mirror=1", "override 'augment.mirror': must be a valid boolean, but it is 1"),
         ("train.clip_norm=.inf", "override 'train.clip_norm': must be a finite number, but it is inf"),
         ("train.label_smoothing=.nan", "override 'train.label_smoothing': must be a finite number, but it is nan"),
@@ -314,6 +389,11 @@ def test_wrong_overrides_are_named(override: str, message: str) -> None:
         (["blend.beta={kind: piecewise, knots: [[0.5, 0.1], [0.5, 0.2]]}"], ["[0.5, 0.5] must rise"]),
         (["blend.beta={kind: piecewise, knots: []}"], ["knots [] must be pairs"]),
         (["blend.beta={kind: piecewise, knots: [[0, 1, 1]]}"], ["knots [[0.0, 1.0, 1.0]] must be pairs"]),
+        (["blend.eta={kind: piecewise, knots: []}"], ["blend.eta': knots [] must be pairs [fraction, eta]"]),
+        (["blend.eta={kind: piecewise, knots: [[0, 1], [0.5]]}"], ["knots [[0.0, 1.0], [0.5]] must be pairs"]),
+        (["blend.eta={kind: piecewise, knots: [[0.5, 1], [0.2, 2]]}"], ["knots' fractions [0.5, 0.2] must rise"]),
+        (["blend.eta={kind: piecewise, knots: [[0, 1], [2, 2]]}"], ["fractions [0.0, 2.0] must not exceed 1"]),
+        (["blend.eta={kind: piecewise, knots: [[0, 0]]}"], ["blend.eta': knots [[0.0, 0.0]] must have eta above 0"]),
         (["deepspeed.train_batch_size=3"], ["deepspeed.train_batch_size 3", "train.global_batch"]),
         (["deepspeed.optimizer={type: Adam}"], ["deepspeed.optimizer {'type': 'Adam'}", "set optimizer"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage 2", "train.zero_stage 0"]),
@@ -578,7 +658,9 @@ def test_the_reference_shows_types_limits_and_defaults() -> None:
     assert "| `fit` | `pad`, `crop`, `stretch` | `pad` | How an image that is not square" in "\n".join(rows)
     for row in (
         "| `fold` | whole number from 0 or `null` | `null` |",
-        "| `eta` | number above 0 or `balanced` | `1.0` |",
+        "| `eta` | number above 0 or `balanced` or section | `1.0` |",
+        "| `knots` | list of list of number from 0 | required | [[fraction of training done, eta], ...]",
+        "## `blend.eta`",
         "| `dropout` | number from 0 below 1 | `0.3` |",
         "| `knots` | list of list of number from 0 to 1 | required |",
         "| `mirror` | `true`, `false` | `false` |",

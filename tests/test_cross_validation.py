@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,7 @@ from mdnet_dist.cross_validation import (
 from mdnet_dist.cross_validation_run import Request, _write_table
 from mdnet_dist.errors import InputError
 from mdnet_dist.figures import draw_folds
+from mdnet_dist.run_folder import alone_in
 from mdnet_dist.shards import ShardManifest, load_manifest
 from mdnet_dist.side_by_side import Devices
 from mdnet_dist.tracking import Tracker
@@ -390,3 +393,68 @@ def test_wrong_commands_end_with_one_line(config: Path) -> None:
         assert finished.returncode == 2
         assert named in finished.stderr
         assert len(finished.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- alone in a folder
+
+
+def test_one_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    for _ in range(2):
+        with (
+            alone_in(lock, "a cross-validation"),
+            pytest.raises(InputError) as caught,
+            alone_in(lock, "a cross-validation"),
+        ):
+            pass
+        assert str(caught.value) == (f"{tmp_path}: a cross-validation still works there; wait for it, or stop it")
+    with alone_in(lock, "x"), alone_in(tmp_path / ".other", "x"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".other"]
+
+
+def test_one_that_waits_begins_when_the_other_has_ended(tmp_path: Path) -> None:
+    lock, order = tmp_path / ".lock", []
+    begun = threading.Event()
+
+    def first() -> None:
+        with alone_in(lock, "the first"):
+            begun.set()
+            time.sleep(0.3)
+            order.append("first ends")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(20)
+    with alone_in(lock, "the first", wait_seconds=20):
+        order.append("second begins")
+    thread.join()
+    assert order == ["first ends", "second begins"]
+    started = time.monotonic()
+    with (
+        alone_in(lock, "the first"),
+        pytest.raises(InputError, match="the first still works there"),
+        alone_in(lock, "the first", wait_seconds=0.3),
+    ):
+        pass
+    assert time.monotonic() - started >= 0.3
+
+
+def test_what_a_killed_one_has_left_running_keeps_others_out(tmp_path: Path) -> None:
+    killed = """
+        import os, subprocess, sys
+        from pathlib import Path
+        from mdnet_dist.run_folder import alone_in
+        with alone_in(Path(sys.argv[1]), "it") as lock:
+            left = subprocess.Popen(["sleep", "60"], pass_fds=[lock], stdout=subprocess.DEVNULL)
+            print(left.pid, flush=True)
+            os.kill(os.getpid(), 9)
+    """
+    lock = tmp_path / ".lock"
+    command = [sys.executable, "-c", textwrap.dedent(killed), str(lock)]
+    ended = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=100)
+    assert ended.returncode == -signal.SIGKILL
+    with pytest.raises(InputError), alone_in(lock, "it"):
+        pass
+    os.kill(int(ended.stdout), signal.SIGKILL)
+    with alone_in(lock, "it", wait_seconds=20):
+        pass

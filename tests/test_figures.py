@@ -25,13 +25,13 @@ GRID = 7
 def drawn(monkeypatch):
     """Figures as they are written, to look at their parts; they are written all the same."""
     caught: list[Any] = []
-    write = figures._write
+    write = figures.write_figure
 
     def catch(figure: Any, path: Path) -> None:
         caught.append(figure)
         write(figure, path)
 
-    monkeypatch.setattr(figures, "_write", catch)
+    monkeypatch.setattr(figures, "write_figure", catch)
     return caught
 
 

@@ -18,10 +18,13 @@ from mdnet_dist.config import (
     DelayedStepBeta,
     LinearBeta,
     PiecewiseBeta,
+    PiecewiseEta,
+    RunConfig,
     ScheduleConfig,
     SigmoidBeta,
 )
-from mdnet_dist.schedules import EtaBalance, beta_at, learning_rate_factor
+from mdnet_dist.schedules import EtaBalance, beta_at, eta_at, learning_rate_factor
+from mdnet_dist.trainer import Trainer
 
 FRACTIONS = st.floats(0, 1)
 ENDS = {"start": FRACTIONS, "end": FRACTIONS}
@@ -158,6 +161,60 @@ def test_rates_fall_once_warm(kind: str, warmup: float, fractions: list[float]) 
 
 
 # ------------------------------------------------------------------------------------------------------------------ eta
+
+ETAS = st.floats(1e-6, 1e6)
+PIECEWISE_ETA = st.builds(
+    PiecewiseEta,
+    kind=st.just("piecewise"),
+    knots=st.builds(knots_at, st.lists(FRACTIONS, min_size=1, max_size=6), st.lists(ETAS, min_size=6, max_size=6)),
+)
+
+
+@given(ETAS, FRACTIONS)
+def test_a_number_is_eta_throughout(eta: float, fraction: float) -> None:
+    assert eta_at(eta, fraction) == eta
+
+
+def test_eta_at_known_points() -> None:
+    schedule = PiecewiseEta(kind="piecewise", knots=[[0.2, 1], [0.4, 4], [0.8, 0.25]])
+    points = {0: 1, 0.2: 1, 0.3: 2, 0.25: math.sqrt(2), 0.4: 4, 0.5: 2, 0.6: 1, 0.7: 0.5, 0.8: 0.25, 1: 0.25}
+    for fraction, eta in points.items():
+        assert eta_at(schedule, fraction) == pytest.approx(eta, rel=1e-12)
+    assert eta_at(PiecewiseEta(kind="piecewise", knots=[[0.5, 3]]), 0.9) == 3.0
+
+
+@given(PIECEWISE_ETA, FRACTIONS)
+def test_log_eta_is_piecewise_straight(schedule: PiecewiseEta, fraction: float) -> None:
+    """The same as beta's interpolation, of logarithms squeezed into 0..1."""
+    reach = math.log(1e6)
+    squeezed = [[at, min(1.0, max(0.0, (math.log(eta) / reach + 1) / 2))] for at, eta in schedule.knots]
+    level = beta_at(PiecewiseBeta(kind="piecewise", knots=squeezed), fraction)
+    assert math.log(eta_at(schedule, fraction)) == pytest.approx((2 * level - 1) * reach, abs=1e-9)
+
+
+@given(PIECEWISE_ETA)
+def test_eta_goes_through_its_knots(schedule: PiecewiseEta) -> None:
+    for fraction, eta in schedule.knots:
+        assert eta_at(schedule, fraction) == eta
+    assert eta_at(schedule, 0) == schedule.knots[0][1]
+    assert eta_at(schedule, 1) == schedule.knots[-1][1]
+
+
+def test_the_trainer_asks_in_the_middle_of_each_step() -> None:
+    values = {
+        "name": "a",
+        "data": {"shards": "set"},
+        "blend": {"eta": {"kind": "piecewise", "knots": [[0, 1], [1, 16]]}},
+    }
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.steps, trainer.eta = RunConfig.model_validate(values), 2, EtaBalance(0.9)
+    trainer.eta.update(3.0, 1.0)
+    for trainer.step, eta in ((0, 2.0), (1, 8.0)):
+        assert trainer.current_eta == pytest.approx(eta)
+    for given_eta, eta in (("balanced", 3.0), (5.0, 5.0)):
+        trainer.config = RunConfig.model_validate({**values, "blend": {"eta": given_eta}})
+        assert trainer.current_eta == pytest.approx(eta)
+
 
 NORMS = st.floats(0.02, 100)  # the clamp is far
 

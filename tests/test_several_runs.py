@@ -19,7 +19,8 @@ def train_one_after_another(shards: Path, runs: Path) -> list[dict[str, float]]:
     scores = []
     for stage in STAGES:
         trainer = Trainer(tiny_config(shards, runs, {"train.zero_stage": stage}))
-        scores.append(trainer.run().metrics)
+        trainer.train()
+        scores.append(trainer.finish().metrics)
         trainer.close()
     return scores
 

@@ -264,6 +264,67 @@ def test_runs_nest_under_a_run_of_another_process(uri, tmp_path):
     assert {run.info.run_id for run in found} == {tracker.run_id for tracker in children}
 
 
+def test_a_killed_run_of_a_parent_whose_id_was_never_written_down_goes_on_under_its_name(uri, tmp_path):
+    parent, other = (open_run(uri, tmp_path / name) for name in ("search", "another"))
+    lost = {}
+    for owner in (parent, other):
+        for name in ("001-a", "002-b"):
+            child = open_run(uri, tmp_path / owner.run_id / name, parent_run_id=owner.run_id)
+            child.close("KILLED")
+            lost[owner.run_id, name] = child.run_id
+    folder = tmp_path / parent.run_id / "002-b"
+    (folder / tracking.RUN_NAME).unlink()
+    (folder / tracking.METRICS_NAME).write_text(tracking._as_line({"step": 3, "time": 1e9, "metrics": {"loss": 0.5}}))
+    again = open_run(uri, folder, resume=True, resume_step=3, parent_run_id=parent.run_id)
+    again.log_metrics({"loss": 0.25}, 6)
+    again.close("FINISHED")
+    assert again.run_id == lost[parent.run_id, "002-b"] == tracking.run_id_of(folder)
+    assert history(uri, again, "loss") == [(3, 0.5), (6, 0.25)]
+    client = client_of(uri)
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.run_id}'")
+    assert {run.info.run_id for run in found} == {lost[parent.run_id, name] for name in ("001-a", "002-b")}
+
+    stranger = open_run(uri, tmp_path / "003-c", resume=True, resume_step=0, parent_run_id=parent.run_id)
+    new = open_run(uri, tmp_path / parent.run_id / "002-b", parent_run_id=parent.run_id)
+    assert len({stranger.run_id, new.run_id, *lost.values()}) == 6, "no such run, or not resumed: a new one"
+    for tracker in (stranger, new, parent, other):
+        tracker.close("FINISHED")
+
+
+# ----------------------------------------------------------------------------------------------- ended from outside
+
+
+def test_a_run_whose_process_was_killed_is_completed_from_its_folder(uri, tmp_path, capfd):
+    tracker = open_run(uri, tmp_path)
+    for step in range(1, 6):
+        tracker.log_metrics({"loss": 1 / step}, step)
+    tracker.close("FINISHED")
+    with open(tmp_path / tracking.METRICS_NAME, "a") as file:  # what was in memory when it was killed, and half a line
+        for step in (6, 7):
+            metrics = {"loss": 1 / step, "rare": float("nan")}
+            file.write(tracking._as_line({"step": step, "time": 1e9 + step, "metrics": metrics}))
+        file.write('{"step": 8, "ti')
+    client_of(uri).update_run(tracker.run_id, status="RUNNING")
+    for status, reason in (("KILLED", "behind"), ("FAILED", "after all")):
+        tracking.end_run(tmp_path, status, {"search.reason": reason, "search.status": "stopped"})
+        run = client_of(uri).get_run(tracker.run_id)
+        assert (run.info.status, run.data.tags["search.reason"]) == (status, reason)
+        assert run.data.tags["search.status"] == "stopped"
+        assert sorted(history(uri, tracker, "loss")) == [(step, 1 / step) for step in range(1, 8)]
+        assert not (tmp_path / tracking.UNSENT_NAME).exists()
+    assert "rare" not in run.data.metrics
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_was_never_logged_is_left_alone(tmp_path):
+    tracking.end_run(tmp_path / "never", "KILLED", {"a": "b"})
+    (tmp_path / "metrics.jsonl").write_text("")
+    tracking.end_run(tmp_path, "KILLED", {"a": "b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert tracking.run_id_of(tmp_path) is None
+
+
 def test_run_tags_name_versions_and_nothing_of_the_machine():
     tags = tracking.run_tags(2, "cpu")
     assert {"git_commit", "python", "world_size", "device", "version.torch", "version.mlflow"} <= set(tags)
@@ -425,6 +486,30 @@ def test_a_store_that_is_down_when_a_run_resumes_does_not_stop_it(fake, tmp_path
     tracking.send_again(tmp_path)
     assert fake.points == {("loss", step, float(step)): 1 for step in range(1, 11)}
     assert fake.status == "FINISHED"
+
+
+def test_a_run_that_ends_while_its_store_is_down_keeps_everything(fake, tmp_path, capsys):
+    tracker = open_run(FAKE_URI, tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    wait_until(lambda: fake.points)
+    fake.dead = True
+    tracker.log_metrics({"loss": 2.0}, 2)
+    (tmp_path / "a.txt").write_text("a")
+    tracker.log_artifact(tmp_path / "a.txt")
+    tracker.close("FINISHED")
+    capsys.readouterr()
+    for reason in ("behind", "out of memory"):
+        tracking.end_run(tmp_path, "FAILED", {"search.reason": reason})
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"tracking: {FAKE_URI} does not take everything (")
+        assert line.endswith(f"`python -m mdnet_dist.tracking {tmp_path}` sends it")
+    assert (fake.points, fake.artifacts, fake.tags) == ({("loss", 1, 1.0): 1}, [], {})
+    fake.dead = False
+    tracking.send_again(tmp_path)
+    assert fake.points == {("loss", 1, 1.0): 1, ("loss", 2, 2.0): 1}
+    assert (fake.status, fake.tags["search.reason"]) == ("FAILED", "out of memory"), "the last word counts"
+    assert set(fake.artifacts) == {"a.txt"}
+    assert not (tmp_path / tracking.UNSENT_NAME).exists()
 
 
 def test_closed_artifact_storage_holds_up_nothing_else(fake, tmp_path):

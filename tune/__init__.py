@@ -1,0 +1,1 @@
+"""Searches over training runs with Ray Tune: spaces, proposals, trials, results."""
