@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdnet_dist.errors import InputError
+from tests.conftest import REPOSITORY
 from tune.ray_tune import Resources, _Bridge, _last_line, asha, replay, side_by_side
 from tune.records import Report, TrialRecord
 from tune.trial import Task, _explain
@@ -400,3 +405,27 @@ def gone_for_memory(error: Exception) -> Exception:
 )
 def test_of_a_traceback_the_last_line_says_what_happened(text: str, line: str) -> None:
     assert _last_line(ValueError(text)) == line
+
+
+def test_a_second_signal_ends_the_program_at_once() -> None:
+    """The first is noted and the program goes on; the second leaves it no time for anything."""
+    program = """
+        import time
+        from tune.ray_tune import signals_noted
+        with signals_noted() as received:
+            print("ready", flush=True)
+            while True:
+                time.sleep(0.01)
+                if received:
+                    print("noted", received[0], flush=True)
+                    break
+            time.sleep(100)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == f"noted {int(signal.SIGTERM)}\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130

@@ -100,23 +100,22 @@ def validated(search: Path) -> list[int]:
     return [len(reports_of(path.parent)) for path in sorted(folder.glob("*/metrics.jsonl"))]
 
 
-def left_behind(search: Path) -> list[str]:
-    """Processes that still have to do with it: its own, Ray's of its session, workers with its files."""
-    session = str(search.parent)
-    found = []
+def processes_of(search: Path) -> dict[int, str]:
+    """{id: command} of what a search has started with MARK in its environment: itself, Ray, workers and their loaders."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if path.name != str(os.getpid()) and session in (path / "environ").read_text(errors="replace"):
-                found.append((path / "cmdline").read_text(errors="replace").replace("\0", " ").strip())
+            if path.name != str(os.getpid()) and str(search.parent) in (path / "environ").read_text(errors="replace"):
+                found[int(path.name)] = (path / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
         except OSError:
-            continue
-    return [command for command in found if command]
+            continue  # it has ended meanwhile
+    return {pid: command for pid, command in found.items() if command}
 
 
-def assert_nothing_is_left(search: Path, seconds: float = 30) -> None:
+def assert_nothing_is_left(search: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while commands := left_behind(search):
-        assert time.monotonic() < deadline, "\n".join(commands)
+    while commands := processes_of(search):
+        assert time.monotonic() < deadline, "\n".join(commands.values())
         time.sleep(0.5)
 
 
@@ -202,6 +201,27 @@ def test_a_killed_search_goes_on_where_it_was(search: Path, tmp_path: Path) -> N
     again = run(search, *options, "--resume", environment=mark)
     assert again[0] == 0 and all(trial.seconds == old.seconds for trial, old in zip(trials_in(search), trials))
     assert len(list((tmp_path / "runs" / "small" / ".ray").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of a trial's two ranks: both start again, from the last checkpoint, in the same session."""
+    options = ("trials.count=1", "trials.workers=2", "trials.overrides=[train.epochs=25]")
+    process = started(search, *options, environment={"MARK": str(tmp_path)})
+    try:
+        wait_for(lambda: sum(validated(search)) >= 2, process)
+        ranks = [pid for pid, command in processes_of(search).items() if "RayTrainWorker" in command]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(200) == 0
+    finally:
+        end_session(process)
+    [trial] = trials_in(search)
+    assert trial.status == "finished"
+    assert [report.epoch for report in trial.reports] == list(range(1, 26))
+    log = (tmp_path / "runs" / "small" / "trials" / f"{trial.name}.log").read_text()
+    assert "attempt 1 ended: a worker died" in log and log.count("resuming") == 1, log
+    assert set(mlflow_runs(search)) == {"small", trial.name}
 
 
 @pytest.mark.slow
@@ -315,7 +335,7 @@ def test_a_search_over_machines_outlives_one_of_them(
 ) -> None:
     """Two trials on two machines; one of these goes, and its trial goes on from its checkpoint on the other."""
     cluster, nodes = three_machines
-    options = ("trials.overrides=[train.epochs=40]",)
+    options = ("trials.overrides=[train.epochs=25]",)
     process = started(search, *options, environment={"RAY_ADDRESS": cluster.address, "MARK": str(tmp_path)})
     try:
         wait_for(lambda: len(validated(search)) == 2 and min(validated(search)) >= 2, process)
@@ -325,7 +345,7 @@ def test_a_search_over_machines_outlives_one_of_them(
         end_session(process)
     trials = trials_in(search)
     assert [trial.status for trial in trials] == ["finished", "finished"]
-    assert all([report.epoch for report in trial.reports] == list(range(1, 41)) for trial in trials)
+    assert all([report.epoch for report in trial.reports] == list(range(1, 26)) for trial in trials)
     logs = [(tmp_path / "runs" / "small" / "trials" / f"{trial.name}.log").read_text() for trial in trials]
     assert sum("resuming" in log for log in logs) == 1
     assert all(run.info.status == "FINISHED" for run in mlflow_runs(search).values())

@@ -157,9 +157,10 @@ def test_the_best_point_becomes_a_whole_configuration(scores: list[tuple[float, 
         "#",
         f"# The best of the search s: val/score {score} of trial {winner.name}.",
     ]
-    assert f"**Best: trial {winner.number} of {len(scores)}" in (folder / SUMMARY).read_text()
+    assert f"(trial {winner.number} of {len(scores)}, {winner.name}; " in (folder / SUMMARY).read_text()
     assert len((folder / TABLE).read_text().splitlines()) == 1 + len(scores)
-    pictures = {"parameters.png", "beta_schedules.png", "parallel_coordinates.png", "concat_depth.png"}
+    pictures = {"parameters.png", "beta_schedules.png", "parallel_coordinates.png"}
+    pictures |= {"concat_depth.png"} if len(scores) > 1 else set()  # one depth is nothing to compare
     assert names_in(folder / PICTURES) == pictures
     sent = outcome.tracker
     assert isinstance(sent, Sent)
@@ -277,7 +278,7 @@ def test_a_population_recommends_the_schedule_that_its_winner_has_lived_through(
     assert lineage["schedule"]["beta"]["kind"] == "piecewise"
     assert "population.png" in names_in(folder / PICTURES) and "parameters.png" not in names_in(folder / PICTURES)
     assert "piecewise 0.5 at 0, 0.5 at" in (folder / SUMMARY).read_text()
-    assert "trial 2 of 3, val/score 0.5" in (folder / SUMMARY).read_text()
+    assert "(trial 2 of 3, member-02; val/score 0.5, highest of 3 at the end)" in (folder / SUMMARY).read_text()
 
 
 def test_a_winner_that_never_copied_recommends_a_constant(folder: Path) -> None:
@@ -346,6 +347,15 @@ def test_points_that_are_spread_over_as_many_as_there_are_cannot_become_more(tex
     _keep_search(search_of(text, "trials.at_once=1"), folder, resume=True)
     with pytest.raises(InputError, match=r"trials\.count was \d and is now"):
         _keep_search(search_of(text, f"trials.count={2 if text is PBT else 3}"), folder, resume=True)
+
+
+def test_a_base_that_was_edited_meanwhile_is_refused(folder: Path) -> None:
+    """The overrides of the search file are the same, and what they are laid over is not."""
+    _keep_search(search_of(), folder, resume=False)
+    base = Path("base.yaml")
+    base.write_text(base.read_text().replace("seed: 0", "seed: 7"))
+    with pytest.raises(InputError, match=r"base\.yaml: train\.seed was 0 and is now 7; its trials would not be"):
+        _keep_search(search_of(), folder, resume=True)
 
 
 def test_a_folder_of_something_else_is_no_search_to_go_on_with(folder: Path) -> None:

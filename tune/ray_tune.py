@@ -113,8 +113,7 @@ def cluster() -> Iterator[dict[str, float]]:
         {}
         if address
         else {
-            "include_dashboard": False,
-            "dashboard_host": "127.0.0.1",
+            "dashboard_host": "127.0.0.1",  # there is one where ray[default] is installed
             "object_store_memory": OBJECT_STORE_BYTES,
             "num_cpus": os.cpu_count(),
         }

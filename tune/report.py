@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mdnet_dist.config import RunConfig, as_yaml, check_config, flatten
-from mdnet_dist.errors import InputError
 from mdnet_dist.run_folder import METRICS
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.tracking import Tracker
 from tune import figures
-from tune.facts import describe_eta, describe_schedule
+from tune.facts import depth_of, describe_eta, describe_schedule
 from tune.importance import importances
 from tune.population import Stretch, last_winner, lineage, schedule_of
 from tune.records import TrialRecord, best_trial
@@ -117,7 +116,6 @@ def publish(outcome: Outcome, *, pictures: bool = True) -> None:
         write_atomically(folder / LINEAGE, json.dumps({"stretches": stretches, "schedule": schedule}, indent=1) + "\n")
         written.append(folder / LINEAGE)
     text = summary(
-        folder.name,
         outcome.trials,
         config.metric,
         config.mode,
@@ -144,7 +142,7 @@ def _draw(outcome: Outcome, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     config, trials = outcome.search.config, outcome.trials
     of = (trials, config.metric, config.mode)
-    with contextlib.suppress(InputError):
+    if len({depth_of(trial) for trial in trials}) > 1:
         figures.draw_concat_depth(*of, folder / "concat_depth.png")
     if outcome.is_population:
         beta = outcome.schedule()["beta"]

@@ -184,16 +184,16 @@ def verdict(confirmations: Sequence[Confirmation], metric: str, mode: Mode) -> s
     direction = "better" if sign * mean > 0 else "worse"
     if len(seeds) == 1:
         return (
-            f"Over 1 seed {metric} is {_both(best, base)}: a difference of {mean:+.3g}. One seed does not show the "
-            "noise, so this may well lie inside the noise."
+            f"Not known. Over 1 seed {metric} is {_both(best, base)}: a difference of {mean:+.3g}. One seed does not "
+            "show the noise, so this may well lie inside the noise."
         )
     error = statistics.stdev(differences) / math.sqrt(len(seeds))
-    begin = f"Over {len(seeds)} seeds {metric} is {_both(best, base)}; paired difference {mean:+.3g} ± {error:.2g} "
-    begin += "(standard error). "
+    told = f"Over {len(seeds)} seeds {metric} is {_both(best, base)}; paired difference {mean:+.3g} ± {error:.2g} "
+    told += f"(standard error; noise is what lies within {NOISE:g} of them)."
     if mean == 0 or abs(mean) < NOISE * error:
-        return begin + f"That is inside the noise (less than {NOISE:g} standard errors): best is not shown to differ."
+        return f"Inside the noise: best is not shown to differ from base. {told}"
     few = f", though {len(seeds)} seeds are few to tell the noise from" if len(seeds) < 5 else ""
-    return begin + f"Best is {direction} by more than the noise ({NOISE:g} standard errors){few}."
+    return f"Best is {direction} than base by more than the noise{few}. {told}"
 
 
 def confirmed(confirmations: Sequence[Confirmation], name: str, metric: str) -> dict[int, float]:
@@ -210,7 +210,6 @@ def _both(best: Mapping[int, float], base: Mapping[int, float]) -> str:
 
 
 def summary(
-    name: str,
     trials: Sequence[TrialRecord],
     metric: str,
     mode: Mode,
@@ -222,8 +221,9 @@ def summary(
 ) -> str:
     """The whole search as Markdown: first which schedule and depth, and how sure that is; then what it rests on.
 
+    MLflow's page shows the first few lines of it, and the rest when asked: they hold the answer.
+
     Args:
-        name: of the search.
         schedule_text, eta_text: the best trial's beta and eta in words, where its configuration does not have them (a
             member of a population has lived through several).
         winner: the member of a population that ends best; without it the trial with the best evaluation wins.
@@ -233,16 +233,16 @@ def summary(
     """
     scored = [trial for trial in trials if trial.score(metric, mode) is not None]
     best = winner or best_trial(list(trials), metric, mode)
-    parts = [f"## {_plain_line(name)}"]
+    parts = []
     if best is None:
         parts.append(f"No trial has reported {metric}.")
     else:
         which = "highest" if mode == "max" else "lowest"
         score = best.values(metric)[-1] if winner else best.score(metric, mode)
         parts.append(
-            f"**Best: trial {best.number} of {len(trials)}, {metric} {_number(score)}** ({which} of {len(scored)} "
-            f"{'at the end' if winner else 'scored'}; {_plain_line(best.name)})\n\n"
-            f"{_point_in_words(best, schedule_text, eta_text)}"
+            f"**Best: {_point_in_words(best, schedule_text, eta_text)}** (trial {best.number} of {len(trials)}, "
+            f"{_plain_line(best.name)}; {metric} {_number(score)}, {which} of {len(scored)} "
+            f"{'at the end' if winner else 'scored'})"
         )
         sure = verdict(confirmations, metric, mode) if confirmations else "Not confirmed with other seeds."
         parts.append(f"**How sure:** {sure}")
@@ -264,21 +264,21 @@ def summary(
 
 
 def _point_in_words(trial: TrialRecord, schedule_text: str, eta_text: str) -> str:
-    """A line each: beta, eta, concat_depth, the rest of the point."""
+    """beta, eta, concat_depth, the rest of the point."""
     beta, eta = inside(trial.config, "blend", "beta"), inside(trial.config, "blend", "eta")
     told = {
         "blend.beta": schedule_text or (describe_schedule(beta) if beta is not None else ""),
         "blend.eta": eta_text or ("" if eta is None else describe_eta(eta)),
         "model.image.concat_depth": depth_of(trial) or "",
     }
-    lines = [f"- {key.rsplit('.', 1)[-1]}: {_plain_line(text, 1000)}" for key, text in told.items() if text]
+    parts = [f"{key.rsplit('.', 1)[-1]} {_plain_line(text, 1000)}" for key, text in told.items() if text]
     covered = tuple(key for key, text in told.items() if text)
     rest: Point = {
         key: value
         for key, value in trial.point.items()
         if not any(key == start or key.startswith(f"{start}.") for start in covered)
     }
-    return "\n".join([*lines, *([f"- {_plain_line(describe(rest), 1000)}"] if rest else [])])
+    return ", ".join([*parts, *([_plain_line(describe(rest), 1000)] if rest else [])])
 
 
 def _outcomes(trials: Sequence[TrialRecord]) -> str:

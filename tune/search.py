@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mdnet_dist.config import RunConfig, flatten, read_yaml
+from mdnet_dist.config import RunConfig, as_yaml, flatten, load_config, read_yaml
 from mdnet_dist.cost import Cost, cost_of
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
 from mdnet_dist.plan import steps_per_epoch
@@ -37,7 +37,7 @@ from tune.records import ENDED
 from tune.report import Outcome, publish
 from tune.search_config import AshaScheduler, GridSearcher, PbtScheduler, Search
 
-SEARCH, TRIALS, CONFIRM, RAY = "search.yaml", "trials", "confirm", ".ray"
+SEARCH, BASE, TRIALS, CONFIRM, RAY = "search.yaml", "base.yaml", "trials", "confirm", ".ray"
 MAY_CHANGE = ("trials.count", "trials.at_once", "trials.restarts", "trials.max_failed_share", "confirm.")
 """What a search that goes on may have another value of."""
 FEWEST_SEEDS = 1
@@ -229,27 +229,33 @@ def _parameters(search: Search) -> dict[str, Any]:
 
 
 def _keep_search(search: Search, folder: Path, resume: bool) -> None:
-    """Write search.yaml; where a search goes on, it must be the one that was begun.
+    """Write search.yaml and base.yaml; where a search goes on, it must be the one that was begun.
 
     Raises:
-        InputError: it is another one.
+        InputError: it is another one, or its base has been changed.
     """
-    path = folder / SEARCH
-    text = f"# base, with its overrides: {search.config.base}\n{search.as_yaml()}"
+    path, base = folder / SEARCH, folder / BASE
     if resume:
         if not path.is_file():
             raise InputError(f"{path}: no such file, so this is no search's folder; start without --resume")
-        old, new = _leaves(read_yaml(path)), _leaves(search.config.model_dump(mode="json"))
         # The first points of a population, and those of a part of a grid, are spread over as many as there are.
         spread = isinstance(search.config.scheduler, PbtScheduler) or isinstance(search.config.searcher, GridSearcher)
-        for key in sorted({*old, *new}):
-            may_change = key.startswith(MAY_CHANGE) and not (spread and key == "trials.count")
-            if old.get(key) != new.get(key) and not may_change:
-                raise InputError(
-                    f"{path}: {key} was {old.get(key)} and is now {new.get(key)}; its trials would not be comparable; "
-                    "start another search, under another name"
-                )
-    write_atomically(path, text)
+        may_change = tuple(key for key in MAY_CHANGE if not (spread and key == "trials.count"))
+        old, new = _leaves(read_yaml(path)), _leaves(search.config.model_dump(mode="json"))
+        _refuse_changes(path, old, new, may_change)
+        if base.is_file():
+            _refuse_changes(base, flatten(load_config(base)), flatten(search.base), ())
+    write_atomically(path, f"# base, with its overrides: {search.config.base}\n{search.as_yaml()}")
+    write_atomically(base, as_yaml(search.base))
+
+
+def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key) and not key.startswith(may_change):
+            raise InputError(
+                f"{path}: {key} was {old.get(key)} and is now {new.get(key)}; its trials would not be comparable; "
+                "start another search, under another name"
+            )
 
 
 def _leaves(values: dict[str, Any]) -> dict[str, Any]:
