@@ -101,7 +101,7 @@ def validated(search: Path) -> list[int]:
 
 
 def processes_of(search: Path) -> dict[int, str]:
-    """{id: command} of what a search has started with MARK in its environment: itself, Ray, workers and their loaders."""
+    """{id: command} of what has MARK in its environment: the search itself, Ray, workers and their loaders."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

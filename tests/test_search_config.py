@@ -151,8 +151,8 @@ def test_shipped_searches_load_and_say_how_they_are_run(path: Path, monkeypatch:
 
 def test_the_shipped_searches_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert [path.name for path in SHIPPED] == ["beta.yaml", "depth.yaml", "pbt.yaml"]
-    beta, depth, pbt = (load_search(path) for path in SHIPPED)
+    assert [path.name for path in SHIPPED] == ["beta.yaml", "depth.yaml", "pbt.yaml", "rates.yaml"]
+    beta, depth, pbt, rates = (load_search(path) for path in SHIPPED)
     kinds = ("constant", "linear", "cosine", "sigmoid", "delayed_step")
     assert beta.space.parameters()["blend.beta"].labels == kinds
     generator = RandomChooser(np.random.default_rng(0))
@@ -167,6 +167,8 @@ def test_the_shipped_searches_are_these(monkeypatch: pytest.MonkeyPatch) -> None
     assert (depth.config.confirm.seeds, beta.config.confirm.seeds) == (0, 3)
     assert pbt.population_settings() == Settings(beta=(0.05, 0.95), eta=(0.3, 30.0), eta_log=True)
     assert pbt.config.trials.count == 6
+    assert {"optimizer.image.lr", "optimizer.language.lr"} < set(rates.space.keys())
+    assert rates.config.searcher.kind == "optuna"
 
 
 # ------------------------------------------------------------------------------------------------------- configurations

@@ -176,7 +176,7 @@ def commands() -> list[list[str]]:
 def test_commands_name_searches_that_exist() -> None:
     found = commands()
     assert len(found) >= 8 and {arguments[0] for arguments in found} == {
-        "tune/beta.yaml", "tune/depth.yaml", "tune/pbt.yaml",
+        "tune/beta.yaml", "tune/depth.yaml", "tune/pbt.yaml", "tune/rates.yaml",
     }  # fmt: skip
     for file, *overrides in found:
         assert (
