@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +76,8 @@ class Phase:
         """See `tune.ray_tune.Source`; a trial that goes on repeats what is known."""
         trial = self._trial(name)
         if not trial.reports or report.step > trial.reports[-1].step:
-            trial.reports.append(report)
+            here = time.monotonic() - self._began.get(name, time.monotonic())  # Tune knows of this stretch alone
+            trial.reports.append(replace(report, seconds=round(trial.seconds + here, 3)))
 
     def ended(self, name: str, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
         """See `tune.ray_tune.Source`."""
