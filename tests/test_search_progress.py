@@ -400,6 +400,16 @@ def test_a_search_that_is_continued_does_not_tell_what_ended_before() -> None:
     ]
 
 
+def test_each_phase_of_a_continued_search_begins_with_what_has_ended() -> None:
+    out = io.StringIO()
+    display = Display(out, clock=Clock())
+    display.show(view_of([trial(1, "finished", [0.5])], planned=1))
+    out.truncate(0)
+    display.show(view_of([trial(1, "finished", [0.6], name="best-seed-0"), trial(2)], planned=2, phase="confirming"))
+    told = out.getvalue()
+    assert "started   t002" in told and "finished" not in told
+
+
 def test_a_stream_that_lacks_letters_gets_question_marks() -> None:
     raw = io.BytesIO()
     display = Display(io.TextIOWrapper(raw, encoding="ascii"), terminal=False)

@@ -359,14 +359,15 @@ class Display:
         """Show it, or keep it for later where something was shown just now. Call this often."""
         if self._closed:
             return
-        first, self._view = self._view is None, view
+        first, self._view = self._view is None or self._view.phase != view.phase, view
         now = self._clock()
         if self._terminal:
             if now - self._acted >= REDRAW_SECONDS:
                 self._acted = now
                 self._redraw()
             return
-        before = [trial for trial in view.trials if first and trial.status in ENDED]  # a search that is continued
+        # Of a search that is continued, each phase begins with what ended in an earlier session.
+        before = [trial for trial in view.trials if first and trial.status in ENDED]
         self._told.update({(trial.number, trial.name): trial.status for trial in before})
         self._print_events(view)
         if first and not before:
