@@ -806,7 +806,7 @@ def descendants(process: int) -> list[int]:
 
 
 def test_a_process_forked_meanwhile_does_not_keep_the_store_locked(tmp_path: Path) -> None:
-    """As a loader is, while the tracker's thread makes a connection: it inherits the descriptor, and lives for hours."""
+    """As a loader is, while the tracker's thread connects: it inherits the descriptor, and lives for hours."""
     with tracking._alone_in(tmp_path):
         child = os.fork()
         if not child:
