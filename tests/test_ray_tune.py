@@ -427,5 +427,5 @@ def test_a_second_signal_ends_the_program_at_once() -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == f"noted {int(signal.SIGTERM)}\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 143
