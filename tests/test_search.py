@@ -23,6 +23,8 @@ from tune.ledger import Ledger, reports_of
 from tune.population import lineage
 from tune.records import TrialRecord
 
+pytestmark = pytest.mark.timeout(900)  # Ray starts some ten processes for a trial, which takes long on a busy machine
+
 COMMAND = [sys.executable, "launch/tune_beta.py"]
 SPACE = """\
   blend.beta:
@@ -64,7 +66,7 @@ def started(search: Path, *overrides: str, environment: dict[str, str] | None = 
         )
 
 
-def run(search: Path, *overrides: str, seconds: float = 240, **more: Any) -> tuple[int, str, str]:
+def run(search: Path, *overrides: str, seconds: float = 400, **more: Any) -> tuple[int, str, str]:
     """Run it to its end: exit code, standard output, standard error."""
     process = started(search, *overrides, **more)
     try:
@@ -86,7 +88,7 @@ def trials_in(search: Path, name: str = "small", folder: str = "trials") -> list
     return Ledger(search.parent / "runs" / name / folder).read()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 150) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the search ended before"
@@ -210,7 +212,7 @@ def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> No
         ranks = [pid for pid, command in processes_of(search).items() if "RayTrainWorker" in command]
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
-        assert process.wait(200) == 0
+        assert process.wait(400) == 0
     finally:
         end_session(process)
     [trial] = trials_in(search)
@@ -225,7 +227,7 @@ def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("number", "to_group", "code", "line"),
     [
-        (signal.SIGINT, False, 130, ""),
+        (signal.SIGINT, True, 130, ""),
         (signal.SIGTERM, True, 143, "tune_beta.py: stopped by SIGTERM; the same command"),
     ],
     ids=["SIGINT", "SIGTERM to all processes"],
@@ -340,7 +342,7 @@ def test_a_search_over_machines_outlives_one_of_them(
     try:
         wait_for(lambda: len(validated(search)) == 2 and min(validated(search)) >= 2, process)
         cluster.remove_node(nodes[1], allow_graceful=False)
-        assert process.wait(200) == 0
+        assert process.wait(400) == 0
     finally:
         end_session(process)
     trials = trials_in(search)
