@@ -225,20 +225,16 @@ def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "to_group", "code", "line"),
-    [
-        (signal.SIGINT, True, 130, ""),
-        (signal.SIGTERM, True, 143, "tune_beta.py: stopped by SIGTERM; the same command"),
-    ],
-    ids=["SIGINT", "SIGTERM to all processes"],
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, "tune_beta.py: stopped by SIGTERM; the same command")],
+    ids=["SIGINT", "SIGTERM"],
 )
-def test_signals_stop_it_cleanly(
-    search: Path, tmp_path: Path, number: signal.Signals, to_group: bool, code: int, line: str
-) -> None:
+def test_signals_stop_it_cleanly(search: Path, tmp_path: Path, number: signal.Signals, code: int, line: str) -> None:
+    """Sent to the whole process group, as a terminal sends Ctrl-C and a job scheduler SIGTERM."""
     process = started(search, "trials.overrides=[train.epochs=1000]", environment={"MARK": str(tmp_path)})
     try:
         wait_for(lambda: sum(validated(search)) >= 1, process)
-        (os.killpg if to_group else os.kill)(process.pid, number)
+        os.killpg(process.pid, number)
         assert process.wait(90) == code
         assert_nothing_is_left(search)
     finally:
