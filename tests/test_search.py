@@ -176,7 +176,7 @@ def test_two_trials_of_two_workers_each(search: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(search: Path, tmp_path: Path) -> None:
     """SIGKILL to the driver while two trials run; nothing is run, or logged, twice."""
-    options = ("trials.count=2", "trials.overrides=[train.epochs=20]")
+    options = ("trials.count=2", "trials.overrides=[train.epochs=14]")
     mark = {"MARK": str(tmp_path)}
     process = started(search, *options, environment=mark)
     try:
@@ -188,13 +188,13 @@ def test_a_killed_search_goes_on_where_it_was(search: Path, tmp_path: Path) -> N
         end_session(process)
     before = {trial.name: len(trial.reports) for trial in trials_in(search)}
     ids = {name: run.info.run_id for name, run in mlflow_runs(search).items()}
-    assert all(0 < reports < 20 for reports in before.values())
+    assert all(0 < reports < 14 for reports in before.values())
 
     code, out, err = run(search, *options, "--resume", environment=mark)
     assert (code, err) == (0, ""), err + out
     trials = trials_in(search)
     assert [trial.status for trial in trials] == ["finished"] * 2
-    assert all([report.epoch for report in trial.reports] == list(range(1, 21)) for trial in trials)
+    assert all([report.epoch for report in trial.reports] == list(range(1, 15)) for trial in trials)
     runs = mlflow_runs(search)
     assert {name: runs[name].info.run_id for name in ids} == ids, "runs are continued, not begun again"
     assert all(run.info.status == "FINISHED" for run in runs.values())
@@ -205,7 +205,7 @@ def test_a_killed_search_goes_on_where_it_was(search: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> None:
     """SIGKILL to one of a trial's two ranks: both start again, from the last checkpoint, in the same session."""
-    options = ("trials.count=1", "trials.workers=2", "trials.overrides=[train.epochs=25]")
+    options = ("trials.count=1", "trials.workers=2", "trials.overrides=[train.epochs=12]")
     process = started(search, *options, environment={"MARK": str(tmp_path)})
     try:
         wait_for(lambda: sum(validated(search)) >= 2, process)
@@ -217,7 +217,7 @@ def test_a_worker_that_dies_is_started_again(search: Path, tmp_path: Path) -> No
         end_session(process)
     [trial] = trials_in(search)
     assert trial.status == "finished"
-    assert [report.epoch for report in trial.reports] == list(range(1, 26))
+    assert [report.epoch for report in trial.reports] == list(range(1, 13))
     log = (tmp_path / "runs" / "small" / "trials" / f"{trial.name}.log").read_text()
     assert "attempt 1 ended: a worker died" in log and log.count("resuming") == 1, log
     assert set(mlflow_runs(search)) == {"small", trial.name}
@@ -333,7 +333,7 @@ def test_a_search_over_machines_outlives_one_of_them(
 ) -> None:
     """Two trials on two machines; one of these goes, and its trial goes on from its checkpoint on the other."""
     cluster, nodes = three_machines
-    options = ("trials.overrides=[train.epochs=25]",)
+    options = ("trials.overrides=[train.epochs=14]",)
     process = started(search, *options, environment={"RAY_ADDRESS": cluster.address, "MARK": str(tmp_path)})
     try:
         wait_for(lambda: len(validated(search)) == 2 and min(validated(search)) >= 2, process)
@@ -343,7 +343,7 @@ def test_a_search_over_machines_outlives_one_of_them(
         end_session(process)
     trials = trials_in(search)
     assert [trial.status for trial in trials] == ["finished", "finished"]
-    assert all([report.epoch for report in trial.reports] == list(range(1, 26)) for trial in trials)
+    assert all([report.epoch for report in trial.reports] == list(range(1, 15)) for trial in trials)
     logs = [(tmp_path / "runs" / "small" / "trials" / f"{trial.name}.log").read_text() for trial in trials]
     assert sum("resuming" in log for log in logs) == 1
     assert all(run.info.status == "FINISHED" for run in mlflow_runs(search).values())
