@@ -41,6 +41,7 @@ from mdnet_dist.figures import draw_folds
 from mdnet_dist.run_folder import CONFIG, alone_in
 from mdnet_dist.shards import ShardManifest, load_manifest, write_atomically
 from mdnet_dist.side_by_side import Job, Running, run_side_by_side
+from mdnet_dist.signals import handled_by
 from mdnet_dist.tracking import RUN_NAME, Tracker, open_parent, run_tags
 
 LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -104,14 +105,8 @@ def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on with what is missing")
 
-    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    heeded = [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
-    previous = {number: signal.signal(number, stop) for number in heeded}
-    try:
+    with handled_by(stop, (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _train_missing(request: Request, runs: Sequence[FoldRun], parent_run_id: str, lock: int) -> None:

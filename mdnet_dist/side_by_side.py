@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from types import FrameType
 
 from mdnet_dist.distributed import free_port
 from mdnet_dist.errors import InputError
+from mdnet_dist.signals import handled_by
 
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
@@ -212,16 +212,9 @@ def _signals_held_back() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    asking: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        asking = ()  # Python lets only the main thread handle signals
-    # One that is ignored stays so: nohup ignores SIGHUP. One whose handler is not Python's (None) cannot be put back.
-    heeded = [number for number in asking if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    previous = {number: signal.signal(number, note) for number in heeded}
     try:
-        yield received
+        with handled_by(note):
+            yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])

@@ -1,10 +1,34 @@
-"""SIGTERM and SIGUSR1: a request to write a checkpoint and stop."""
+"""Signals that ask to stop: a rank writes a checkpoint first, a program over several jobs ends them first."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a program to stop; SIGHUP: its terminal has gone."""
+
+
+@contextmanager
+def handled_by(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = STOPPING
+) -> Iterator[None]:
+    """Let a function handle signals, and give them back to whoever had them.
+
+    One that is ignored stays so: nohup ignores SIGHUP. One whose handler is not Python's cannot be put back, and stays.
+    Python lets only the main thread handle signals; in another nothing is changed.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    heeded = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)] if main else []
+    previous = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 class StopRequest:

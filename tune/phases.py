@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.cost import Cost
@@ -142,13 +142,20 @@ class Phase:
     def _runs(self, trial: TrialRecord) -> bool:
         return trial.name in self._began
 
+    def _unfinished(self) -> list[TrialRecord]:
+        """Trials that wait to be started, or started again."""
+        return [trial for trial in self.trials if trial.status not in ENDED and not self._runs(trial)]
+
+    def _values(self, name: str, config: RunConfig) -> dict[str, Any]:
+        """The configuration of a trial's run, nested, in its folder."""
+        return config.model_dump(mode="json") | {"name": name, "runs_folder": str(self.ledger.folder)}
+
     def _spent(self, trial: TrialRecord) -> None:
         trial.seconds = round(trial.seconds + time.monotonic() - self._began.pop(trial.name, time.monotonic()), 1)
 
     def _add(self, number: int, name: str, point: Point, config: RunConfig) -> TrialRecord:
         """Make a trial's record."""
-        values = config.model_dump(mode="json") | {"name": name, "runs_folder": str(self.ledger.folder)}
-        cost = self.workshop.cost(config)
+        values, cost = self._values(name, config), self.workshop.cost(config)
         trial = TrialRecord(
             number=number, name=name, point=point, config=values, weights=cost.weights, flops=cost.flops
         )
@@ -201,15 +208,12 @@ class Phase:
     def _log_state(self) -> None:
         """How far the search is, into its own MLflow run."""
         config = self.workshop.search.config
-        ended = sum(trial.status in ENDED for trial in self.trials)
+        ended = {status: sum(trial.status == status for trial in self.trials) for status in ENDED}
         best = best_trial(self.trials, config.metric, config.mode)
-        metrics = {f"{self.title}/{status}": float(self._count(status)) for status in ENDED}
+        metrics = {f"{self.title}/{status}": float(count) for status, count in ended.items()}
         if best is not None:
             metrics[f"{self.title}/best"] = best.score(config.metric, config.mode) or 0.0
-        self.workshop.tracker.log_metrics(metrics, ended)
-
-    def _count(self, status: str) -> int:
-        return sum(trial.status == status for trial in self.trials)
+        self.workshop.tracker.log_metrics(metrics, sum(ended.values()))
 
 
 class TrialsPhase(Phase):
@@ -224,8 +228,7 @@ class TrialsPhase(Phase):
 
     def next_task(self) -> Task | Literal["later", "none"]:
         """Trials of an earlier session first, then new ones."""
-        waiting = [trial for trial in self.trials if trial.status not in ENDED and not self._runs(trial)]
-        if waiting:
+        if waiting := self._unfinished():
             return self._task(waiting[0])
         number = len(self.trials) + 1
         point = self._proposals.ask(number) if number <= self.planned else None
@@ -332,9 +335,8 @@ class PopulationPhase(Phase):
     def _begin(self, trial: TrialRecord, generation: int, parent: str | None, point: Point) -> None:
         first, last = self._bounds[generation]
         trial.segments.append(Segment(number=generation, parent=parent, point=point, first_step=first, last_step=last))
-        config = self.workshop.search.run_config(point, short=True)
         trial.point = point
-        trial.config = config.model_dump(mode="json") | {"name": trial.name, "runs_folder": str(self.ledger.folder)}
+        trial.config = self._values(trial.name, self.workshop.search.run_config(point, short=True))
         self.ledger.write(trial)
 
 
@@ -347,7 +349,6 @@ class ConfirmPhase(Phase):
     def __init__(self, workshop: Workshop, ledger: Ledger, configs: Mapping[str, RunConfig]) -> None:
         """Args: configs: {name of the run: its configuration}."""
         super().__init__(workshop, ledger, len(configs))
-        self._configs = dict(configs)
         known = {trial.name for trial in self.trials}
         for number, (name, config) in enumerate(configs.items(), start=1):
             if name not in known:
@@ -355,7 +356,7 @@ class ConfirmPhase(Phase):
 
     def next_task(self) -> Task | Literal["later", "none"]:
         """In the order in which they were given."""
-        waiting = [trial for trial in self.trials if trial.status not in ENDED and not self._runs(trial)]
+        waiting = self._unfinished()
         return self._task(waiting[0]) if waiting else "none"
 
     def _epochs(self) -> int:

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 from mdnet_dist.errors import InputError, TrainingFailed
+from mdnet_dist.signals import STOPPING, handled_by
 from tune.records import Report, TrialRecord
 from tune.trial import Task, run_task
 from tune.verdicts import Verdicts
@@ -36,8 +37,6 @@ OBJECT_STORE_BYTES = 128 * 2**20
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
 """How long Tune may take to stop all trials, and Ray to end: where a machine has gone they may wait for it."""
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that ask to stop."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -442,13 +441,5 @@ def signals_noted() -> Iterator[list[int]]:
             os._exit(130 if number == signal.SIGINT else 143)
         received.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python lets only the main thread handle signals
-        return
-    heeded = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    previous = {number: signal.signal(number, note) for number in heeded}
-    try:
+    with handled_by(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -164,10 +164,8 @@ def _work(values: dict[str, Any]) -> None:
     """One rank of a trial."""
     task = Task(**values)
     os.environ.update(environment_of(task.verdicts))
-    if not task.gpus_per_worker:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # on a cluster that was started without our settings Ray leaves them visible
-        )
+    if not task.gpus_per_worker:  # a cluster that was started without our settings leaves all of them visible
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell each report once more
     Path(task.log).parent.mkdir(parents=True, exist_ok=True)
     # The process has no other task, and Ray would send what it prints to the terminal of the search.
