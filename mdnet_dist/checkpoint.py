@@ -13,7 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -58,17 +59,34 @@ def save_checkpoint(
         InputError: it cannot be written: a full disk, a folder that is read-only or not a folder.
     """
     folder = run_folder / FOLDER / _step_name(progress.step)
+    # The same step again, after a resume: the same content.
+    with _written_aside(folder, replaced=[folder] if folder.exists() else []) as aside:
+        tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _written_aside(folder: Path, replaced: Sequence[Path]) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which gets its name when it is whole and on disk.
+
+    Args:
+        folder: what it is called then.
+        replaced: checkpoints that are deleted just before.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     aside = _aside(folder)
     try:
         _clean_up(folder.parent)
         aside.mkdir(parents=True)
-        tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
-        for path in (aside / "state.safetensors", aside / "state.json", aside):
+        yield aside
+        for path in (*aside.iterdir(), aside):
             _synchronise(path)
-        if folder.exists():  # the same step again, after a resume: the same content
-            _delete(folder)
+        for checkpoint in replaced:
+            _delete(checkpoint)
         aside.rename(folder)
         _synchronise(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -76,7 +94,6 @@ def save_checkpoint(
         raise InputError(f"{folder}: cannot be written ({reason}); make room there, then --resume") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return folder
 
 
 def _aside(folder: Path) -> Path:
@@ -127,23 +144,10 @@ def copy_checkpoint(checkpoint: Path, run_folder: Path) -> Path:
         InputError: it cannot be written.
     """
     folder = run_folder / FOLDER / checkpoint.name
-    aside = _aside(folder)
-    try:
-        _clean_up(folder.parent)
-        aside.mkdir(parents=True)
+    later = [path for path in checkpoints(run_folder) if _step_of(path) >= _step_of(checkpoint)]
+    with _written_aside(folder, replaced=later) as aside:
         for path in checkpoint.iterdir():
             shutil.copyfile(path, aside / path.name)
-        for path in (*aside.iterdir(), aside):
-            _synchronise(path)
-        for path in checkpoints(run_folder):
-            if _step_of(path) >= _step_of(checkpoint):
-                _delete(path)
-        aside.rename(folder)
-        _synchronise(folder.parent)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); make room there, then --resume") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

@@ -814,7 +814,7 @@ def test_a_process_forked_meanwhile_does_not_keep_the_store_locked(tmp_path: Pat
             os._exit(0)
     try:
         descriptor = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is locked
+        assert fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is None, "it raises where it is locked"
         os.close(descriptor)
     finally:
         os.kill(child, signal.SIGKILL)

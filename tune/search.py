@@ -61,7 +61,7 @@ def run_search(search: Search, display: Display, *, resume: bool = False) -> Out
 
 
 def _run_search(search: Search, display: Display, resume: bool, received: list[int]) -> Outcome:
-    data = open_data(search.short_base, with_test=search.config.confirm.seeds > 0)
+    data = open_data(search.short_base, with_test=_confirming_seeds(search) > 0)
     if not data.validation:
         raise InputError(
             f"{search.short_base.data.shards}: has no validation part, by which trials are compared; make one"
@@ -183,9 +183,7 @@ def _reported(phase: Phase) -> list[str]:
 def _confirm(workshop: Workshop, outcome: Outcome, run: Callable[..., None]) -> None:
     """Train the best configuration and the base again, whole, with seeds of their own, and score the test part."""
     search, best = workshop.search, outcome.best_config()
-    seeds = search.config.confirm.seeds
-    if isinstance(search.config.scheduler, PbtScheduler):
-        seeds = max(seeds, FEWEST_SEEDS)
+    seeds = _confirming_seeds(search)
     if not seeds or best is None:
         return
     configs: dict[str, RunConfig] = {}
@@ -197,6 +195,12 @@ def _confirm(workshop: Workshop, outcome: Outcome, run: Callable[..., None]) -> 
     phase = ConfirmPhase(workshop, Ledger(workshop.folder / CONFIRM), configs)
     outcome.confirmations = phase.trials
     run(phase)
+
+
+def _confirming_seeds(search: Search) -> int:
+    """With how many seeds the best configuration and the base are trained again."""
+    fewest = FEWEST_SEEDS if isinstance(search.config.scheduler, PbtScheduler) else 0
+    return max(search.config.confirm.seeds, fewest)
 
 
 def _heed(received: list[int]) -> None:
