@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError, one_line, printable, without_password
+from mdnet_dist.program import run_program
+from mdnet_dist.storage import is_address
 
 if TYPE_CHECKING:
     from data_shards.importing import Source
@@ -138,7 +139,7 @@ def verify(arguments: argparse.Namespace) -> None:
         if not arguments.all:
             raise InputError(problem)
         problems += 1
-        print(" ".join(problem.split()), file=sys.stderr)
+        print(one_line(problem), file=sys.stderr)
     if problems:
         raise InputError(f"{arguments.folder}: {problems} problems, listed above")
     print_table(load_manifest(arguments.folder))
@@ -161,12 +162,12 @@ def print_summary(manifest: ShardManifest, out: Path, notes: Sequence[str]) -> N
     print_table(manifest)
     training = [part for part in manifest.parts if part == "train" or part.startswith("fold")]
     for note in notes:
-        print(f"note: {note}")
+        print(one_line(f"note: {note}"))
     if not training:
         print("note: there is no training part, so the vocabulary is empty")
     for name in manifest.classes:
         if not any(manifest.parts[part].labels.get(name) for part in training):
-            print(f"note: no training image has the class '{name}'")
+            print(one_line(f"note: no training image has the class '{name}'"))
     print(f"{out}: written; look at it with: python -m data_shards show {out}")
 
 
@@ -189,10 +190,10 @@ def print_table(manifest: ShardManifest) -> None:
     ]
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
     topics = f"topics {', '.join(manifest.topics)}" if manifest.topics else "no topics"
-    print(f"{manifest.name}: {topics}; {len(manifest.vocabulary)} words in training")
+    print(one_line(f"{manifest.name}: {topics}; {len(manifest.vocabulary)} words in training"))
     for row in rows:
         cells = [str(cell).rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([str(row[0]).ljust(widths[0]), *cells]))
+        print(printable("  ".join([str(row[0]).ljust(widths[0]), *cells])))
 
 
 def names(text: str) -> list[str]:
@@ -206,6 +207,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
     return number
+
+
+def local_folder(text: str) -> Path:
+    """A folder of this machine: what checks or draws a set does not read addresses."""
+    if is_address(text):
+        raise InputError(f"{without_password(text)}: an address, but this works on folders only; copy the set here")
+    return Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -296,12 +304,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=import_cifar)
 
     command = commands.add_parser("verify", help="check a shard set")
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=local_folder, metavar="DIR")
     command.add_argument("--all", action="store_true", help="list every problem, not only the first")
     command.set_defaults(run=verify)
 
     command = commands.add_parser("show", help="draw some samples of a shard set as a PNG")
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=local_folder, metavar="DIR")
     command.add_argument("--out", type=Path, metavar="PNG", help="default: SET-PART.png in this folder")
     command.add_argument("--part", metavar="P", help="train, val, test, fold0... (default: the set's first)")
     command.add_argument("--count", type=positive, default=12, metavar="N", help="default 12")
@@ -314,8 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the command that the command line names."""
     arguments = build_parser().parse_args()
-    # So that SIGTERM too removes what is half-written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.run(arguments)
 
 

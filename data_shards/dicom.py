@@ -6,14 +6,13 @@ Only pixels leave this file: no tag is copied. PS3.3 and PS3.5 are parts of the 
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mdnet_dist.errors import InputError
-from mdnet_dist.images import MAX_PIXELS, scale_to_8_bit
+from mdnet_dist.images import MAX_PIXELS, quiet, scale_to_8_bit
 
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax: the whole data set compressed, of any size once unpacked
 
@@ -41,8 +40,7 @@ def decode_dicom(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.
     if DEFLATED in raw[:4096]:
         raise InputError(f"{where}: a deflated DICOM file is not read; save it without that compression")
     try:
-        with warnings.catch_warnings():  # pydicom warns of each departure from the standard; files are full of them
-            warnings.simplefilter("ignore")
+        with quiet():  # pydicom warns of each departure from the standard; files are full of them
             data = pydicom.dcmread(io.BytesIO(raw))
             frames = int(data.get("NumberOfFrames") or 1)
             pixels = int(data.Rows) * int(data.Columns) * frames

@@ -24,6 +24,8 @@ from mdnet_dist.shards import CONCLUSION, Report, SampleRecord, ShardManifest
 DEFAULT_FOLDS = 5
 DEFAULT_VAL_SHARE = 0.15
 SALT_BYTES = 16  # a shorter salt could be guessed, and names with it
+PSEUDONYMISED = "pseudonymised"
+"""Name of a set whose keys and patients are: a folder may be called after a patient."""
 LONGEST_KEY = 64
 LONGEST_SENTENCE = 20_000  # characters
 
@@ -57,7 +59,7 @@ class Source:
 class ImportOptions:
     """What the user may choose, whatever the format."""
 
-    name: str | None = None  # of the set; the folder's where None
+    name: str | None = None  # of the set; where None the folder's, which with a salt is not told
     topics: list[str] | None = None
     classes: list[str] | None = None
     folds: int | None = None  # deal patients anew, whatever splits the source has
@@ -101,7 +103,7 @@ def import_source(source: Source, out: Path, options: ImportOptions) -> tuple[Sh
     manifest = write_planned(
         plan,
         out,
-        name=options.name or source.name,
+        name=options.name or (source.name if options.salt is None else PSEUDONYMISED),
         topics=options.topics or source.topics or topics_in_order(entries),
         classes=options.classes or source.classes,
         samples_per_shard=options.samples_per_shard,

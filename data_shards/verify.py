@@ -37,7 +37,7 @@ def verify_set(folder: Path) -> Iterator[str]:
     manifest = load_manifest(folder)
     present = []
     for shard in manifest.shards:
-        problem = _file_problem(folder, shard, manifest)
+        problem = _file_problem(folder, shard)
         if problem is None:
             present.append(shard)
         else:
@@ -90,9 +90,11 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a shard in their order: key and {extension: content}.
 
     Raises:
-        InputError: not a plain tar; a member that is no plain file of a known kind or too large; a key whose members
-            are not side by side, or a member given twice.
+        InputError: not a plain file, or not a plain tar; a member that is no plain file of a known kind or too large;
+            a key whose members are not side by side, or a member given twice.
     """
+    if path.exists() and not path.is_file():  # to open a pipe or a device would wait for ever
+        raise InputError(f"{path}: not a plain file; a shard is one")
     done: set[str] = set()
     key = ""
     members: dict[str, bytes] = {}
@@ -151,10 +153,8 @@ def _check_sample(
     return record.patient
 
 
-def _file_problem(folder: Path, shard: ShardInfo, manifest: ShardManifest) -> str | None:
+def _file_problem(folder: Path, shard: ShardInfo) -> str | None:
     path = folder / shard.file
-    if shard.part not in manifest.parts:
-        return f"{folder / MANIFEST_NAME}: shard {shard.file} is of part '{shard.part}', which the manifest lacks"
     if path.is_symlink() or not path.is_file():
         return f"{path}: no such file, but the manifest lists it"
     size = path.stat().st_size

@@ -27,6 +27,7 @@ from mdnet_dist.export import load_card
 from mdnet_dist.plan import steps_per_epoch
 from mdnet_dist.run_folder import CONFIG, METRICS
 from mdnet_dist.shards import ShardManifest, write_atomically
+from mdnet_dist.storage import place_of_set
 
 FIRST_MODEL = "mdnet"
 TABLE, FIGURE, RESULTS = "table.md", "table.png", "results.json"
@@ -124,8 +125,8 @@ def plan_folds(
     """
     if not manifest.folds:
         raise InputError(
-            f"{models[0].config.data.shards}: dealt into {', '.join(manifest.parts)}, not into folds; write it again "
-            "with `python -m data_shards synth|import ... --folds 5`"
+            f"{place_of_set(models[0].config.data)}: dealt into {', '.join(manifest.parts)}, not into folds; "
+            "write it again with `python -m data_shards synth|import ... --folds 5`"
         )
     chosen = list(range(manifest.folds)) if folds is None else list(dict.fromkeys(folds))
     for fold in chosen:

@@ -39,9 +39,10 @@ from mdnet_dist.cross_validation import (
 from mdnet_dist.errors import Preempted, TrainingFailed
 from mdnet_dist.figures import draw_folds
 from mdnet_dist.run_folder import CONFIG, alone_in
-from mdnet_dist.shards import ShardManifest, load_manifest, write_atomically
+from mdnet_dist.shards import ShardManifest, write_atomically
 from mdnet_dist.side_by_side import Job, Running, run_side_by_side
 from mdnet_dist.signals import handled_by
+from mdnet_dist.storage import open_source
 from mdnet_dist.tracking import RUN_NAME, Tracker, open_parent, run_tags
 
 LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -76,7 +77,7 @@ def cross_validate(request: Request) -> Path:
         Preempted: a signal asked to stop; folds that ran have written checkpoints.
     """
     config, folder = request.models[0].config, request.folder
-    manifest = load_manifest(Path(config.data.shards))
+    manifest = open_source(config.data).manifest()
     runs = plan_folds(request.models, manifest, request.folds, folder)
     prepare_folder(folder, request.models, runs)
     with (

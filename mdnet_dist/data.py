@@ -1,52 +1,35 @@
-"""From shards to batches: the only file that knows WebDataset.
+"""From shards to batches.
 
 Reading is a chain of small generators: the planned order of sample numbers -> encoded samples, each shard read from
-front to back -> decoded and augmented examples -> micro-batches. What to read when is decided in `mdnet_dist.plan`;
-nothing here is random but the augmentation and the choice of reports, which follow from (seed, epoch, sample) alone.
+front to back (`mdnet_dist.reading`) -> decoded and augmented examples -> micro-batches. What to read when is decided in
+`mdnet_dist.plan`; nothing here is random but the augmentation and the choice of reports, which follow from (seed,
+epoch, sample) alone.
 
 Shapes: B images, R reports, K topics, T tokens, S px the side of an image.
 """
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys
 
 from mdnet_dist.augment import augment
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.errors import InputError
-from mdnet_dist.images import decode_image, fit_to_square
+from mdnet_dist.images import decode_image, decode_mask, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
+from mdnet_dist.reading import Damaged, RawSample, Skipping, read_in_order
 from mdnet_dist.sentences import as_one_sentence
-from mdnet_dist.shards import Report, SampleRecord, ShardInfo, ShardManifest, parse_record, sha256_of
+from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardManifest
 from mdnet_dist.signals import ignore_in_worker
+from mdnet_dist.storage import open_source
 from mdnet_dist.vocabulary import PAD, Vocabulary, tokenize
-
-MEMBERS = {"jpg", "png", "json", "mask.png"}
-"""The members of a sample that are read; nothing is ever unpickled or executed."""
-MAX_MEMBER_BYTES = 1 << 28
-"""A member that claims more is refused before it is read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawSample:
-    """A sample as it lies in its shard."""
-
-    number: int  # through all shards read, in the manifest's order
-    key: str
-    image: bytes
-    record: SampleRecord
-    mask: bytes | None
-    where: str  # shard and key, for messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +43,7 @@ class Batch:
     tokens: Tensor  # (B, R, K, T) words, END behind the last, PAD after it
     lengths: Tensor  # (B, R, K) real tokens, END included; stays on the CPU
     masks: list[bytes | None]  # PNG files, as stored
+    damaged: list[str] = field(default_factory=list)  # what is wrong with each image that was left out
 
     def to(self, device: torch.device) -> Batch:
         """Start copying to a device; `lengths` stays where it is needed."""
@@ -69,119 +53,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by the DataLoader, so that copies to a GPU need not wait."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", "labels", "tokens")})
-
-
-# ------------------------------------------------------------------------------------------------- encoded samples
-
-
-def check_shards(folder: Path, shards: Sequence[ShardInfo], *, ranks: int = 1, rank: int = 0) -> None:
-    """Compare this rank's share of the shards with the manifest: each there, of the right size and checksum.
-
-    Raises:
-        InputError: naming the first shard that differs.
-    """
-    for shard in shards[rank::ranks]:
-        path = folder / shard.file
-        if not path.is_file():
-            raise InputError(f"{path}: the manifest lists this shard, but it is not there")
-        if path.stat().st_size != shard.bytes:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, but the manifest says {shard.bytes}; copy it again")
-        if sha256_of(path) != shard.sha256:
-            raise InputError(f"{path}: its checksum differs from the manifest's; copy it again")
-
-
-def read_shard(folder: Path, shard: ShardInfo, first_number: int = 0) -> Iterator[RawSample]:
-    """All samples of a shard, front to back.
-
-    Args:
-        first_number: of the shard's first sample.
-
-    Raises:
-        InputError: a tar that is cut off or damaged, a sample without image or record, too few or too many samples.
-    """
-    path = folder / shard.file
-    found = 0
-    try:
-        for found, members in enumerate(group_by_keys(_members(path)), start=1):
-            if found > shard.samples:
-                break
-            yield _raw_sample(members, str(path), first_number + found - 1)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error} after sample {found}; copy the shard again") from error
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
-        reason = error.args[0] if error.args else type(error).__name__
-        raise InputError(f"{path}: damaged after sample {found} ({reason}); copy the shard again") from error
-    if found != shard.samples:
-        more = " or more" if found > shard.samples else ""
-        raise InputError(f"{path}: {found}{more} samples, but the manifest says {shard.samples}; copy the shard again")
-
-
-def _members(path: Path) -> Iterator[dict]:
-    """The members of a shard that are read, as `group_by_keys` takes them.
-
-    WebDataset's own tar reader also unpacks compressed files and sparse members, with which a few bytes fill any
-    memory; this one refuses both. And it takes a header that is damaged or cut off for the end of the file.
-    """
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # else they pile up
-            if not member.isreg() or member.name.partition(".")[2].lower() not in MEMBERS:
-                continue
-            if member.issparse() or not 0 <= member.size <= MAX_MEMBER_BYTES:
-                raise InputError(
-                    f"{path}: member '{member.name:.120}' is sparse or larger than {MAX_MEMBER_BYTES:,} bytes"
-                )
-            content = tar.extractfile(member)
-            assert content is not None  # it is a plain file
-            yield {"fname": member.name, "data": content.read(), "__url__": str(path)}
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("cut off, or a damaged header")
-
-
-def _raw_sample(members: dict, path: str, number: int) -> RawSample:
-    key = members["__key__"]
-    where = f"{path}, sample '{key}'"
-    image = members.get("jpg", members.get("png"))
-    if image is None or "json" not in members:
-        missing = "an image" if image is None else "its .json"
-        raise InputError(f"{where}: {missing} is missing; a sample is KEY.jpg or KEY.png with KEY.json")
-    record = parse_record(members["json"], where)
-    return RawSample(number=number, key=key, image=image, record=record, mask=members.get("mask.png"), where=where)
-
-
-def read_in_order(folder: Path, shards: Sequence[ShardInfo], numbers: np.ndarray, horizon: int) -> Iterator[RawSample]:
-    """The samples with these numbers, in this order, while shards are read from front to back.
-
-    Samples that a shard yields before their turn wait, still encoded: `horizon` of them at most. A shard is read once,
-    and once more where it holds samples further apart than that (`mdnet_dist.plan.reading_horizon`).
-
-    Args:
-        numbers: distinct sample numbers, counted through all shards in order.
-        horizon: samples whose turn is more than so many places ahead do not wait.
-    """
-    counts = np.array([shard.samples for shard in shards])
-    first = np.cumsum(counts) - counts
-    shard_of = np.searchsorted(first, numbers, side="right") - 1
-    remaining = np.bincount(shard_of, minlength=len(shards))
-    place_of = {number: place for place, number in enumerate(numbers.tolist())}
-    waiting: dict[int, RawSample] = {}
-    streams: dict[int, Iterator[RawSample]] = {}
-    read_up_to: dict[int, int] = {}
-    for place, (number, shard) in enumerate(zip(numbers.tolist(), shard_of.tolist())):
-        if number not in waiting and number < read_up_to.get(shard, number + 1):
-            streams[shard] = read_shard(folder, shards[shard], int(first[shard]))
-        while number not in waiting:
-            sample = next(streams[shard])
-            read_up_to[shard] = sample.number + 1
-            if place <= place_of.get(sample.number, -1) <= place + horizon:
-                waiting[sample.number] = sample
-        remaining[shard] -= 1
-        if not remaining[shard]:
-            # Read what is left too: a shard that is cut off must not pass for a whole one.
-            for _ in streams.pop(shard):
-                pass
-        yield waiting.pop(number)
 
 
 # ------------------------------------------------------------------------------------------------ decoded examples
@@ -226,10 +97,16 @@ class Encoder:
             raise InputError(f"{where}: label '{record.label}' is not a class of the manifest")
         return self.class_numbers[record.label]
 
-    def collate(self, samples: Sequence[RawSample], images: Sequence[np.ndarray], reports: Sequence[list]) -> Batch:
-        """Put examples together. Args: reports: of each image, the chosen {topic: sentence}."""
+    def collate(
+        self,
+        samples: Sequence[RawSample],
+        images: Sequence[np.ndarray],
+        reports: Sequence[list[Report]],
+        damaged: Sequence[str] = (),
+    ) -> Batch:
+        """Put examples together, or none. Args: reports: of each image, the chosen {topic: sentence}."""
         encoded = [[self.sentences(report) for report in chosen] for chosen in reports]
-        B, R, K = len(samples), max(1, max(map(len, encoded))), len(self.sentences({}))
+        B, R, K, S = len(samples), max([1, *map(len, encoded)]), len(self.sentences({})), self.config.image_size
         T = max([1, *(len(sentence) for chosen in encoded for report in chosen for sentence in report)])
         tokens = np.full((B, R, K, T), PAD, dtype=np.int64)
         lengths = np.zeros((B, R, K), dtype=np.int64)
@@ -241,12 +118,51 @@ class Encoder:
         return Batch(
             keys=[sample.key for sample in samples],
             records=[sample.record for sample in samples],
-            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
-            labels=torch.tensor([self.label(sample.record, sample.where) for sample in samples]),
+            images=torch.from_numpy(np.array(images, dtype=np.uint8).reshape(B, S, S, 3)).permute(0, 3, 1, 2),
+            labels=torch.tensor([self.label(sample.record, sample.where) for sample in samples], dtype=torch.long),
             tokens=torch.from_numpy(tokens),
             lengths=torch.from_numpy(lengths),
             masks=[sample.mask for sample in samples],
+            damaged=list(damaged),
         )
+
+
+# ---------------------------------------------------------------------------------------------------------- damage
+
+
+def skipping_of(config: DataConfig, left_out: Mapping[str, str] | None = None) -> Skipping | None:
+    """What `data.damaged` says: nothing is left out, or `Skipping`. Args: left_out: as for `Skipping`."""
+    return Skipping(left_out) if config.damaged == "skip" else None
+
+
+def decoded(
+    encoder: Encoder, sample: RawSample | Damaged, skipping: Skipping | None, *, with_mask: bool
+) -> tuple[RawSample, np.ndarray] | Damaged:
+    """A sample and its picture (S, S, 3) uint8, or what is wrong with it.
+
+    Raises:
+        InputError: without `skipping`, instead of `Damaged`.
+    """
+    if isinstance(sample, Damaged):
+        return sample
+    try:
+        image = encoder.image(sample.image, sample.where)
+        encoder.label(sample.record, sample.where)
+        if with_mask and sample.mask is not None:
+            decode_mask(sample.mask, sample.where)
+    except InputError as error:
+        if skipping is None:
+            raise
+        return Damaged(number=sample.number, message=str(error))
+    return sample, image
+
+
+_NO_SAMPLE = SampleRecord(patient="", label=None, reports=[])
+
+
+def _blank(damaged: Damaged) -> RawSample:
+    """What takes the place of a damaged sample in training: without key, label, reports and mask it adds to no loss."""
+    return RawSample(number=damaged.number, key="", image=b"", record=_NO_SAMPLE, mask=None, where="")
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -273,11 +189,18 @@ class TrainingStream(IterableDataset):
         steps: int,
         ranks: int,
         rank: int,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
-        """Args: first_step, steps: of the whole training; its epochs follow from them."""
+        """Args: first_step, steps: of the whole training; its epochs follow from them; left_out: as for `Skipping`."""
         super().__init__()
         self.encoder, self.augmentation = encoder, augmentation
-        self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
+        self.source, self.shards = open_source(encoder.config), manifest.shards_of(parts)
+        self.skipping = skipping_of(encoder.config, left_out)
+        # The mean colour: normalised it is 0, as what convolutions see beyond the border, so that of all pictures it
+        # shifts the statistics of a batch least. They see it: batch normalisation is all that a blank has a part in.
+        mean, _ = image_statistics([manifest.parts[part] for part in parts])
+        size = encoder.config.image_size
+        self.blank = np.tile(np.rint(np.array(mean) * 255).astype(np.uint8), (size, size, 1))
         self.global_batch, self.seed = global_batch, seed
         self.pieces = micro_batches(global_batch, micro_batch, ranks, rank)
         self.first_step, self.steps, self.ranks = first_step, steps, ranks
@@ -310,32 +233,53 @@ class TrainingStream(IterableDataset):
     def _batches(self, batches: list[np.ndarray], epoch: int, horizon: int) -> Iterator[Batch]:
         if not batches:
             return
-        samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon)
+        samples = read_in_order(self.source, self.shards, np.concatenate(batches), horizon, self.skipping)
         for numbers in batches:
             yield self._batch([next(samples) for _ in numbers], epoch)
 
-    def _batch(self, samples: list[RawSample], epoch: int) -> Batch:
-        images, reports = [], []
-        for sample in samples:
+    def _batch(self, read: list[RawSample | Damaged], epoch: int) -> Batch:
+        samples, images, damaged = [], [], []
+        reports: list[list[Report]] = []
+        for one in read:
+            found = decoded(self.encoder, one, self.skipping, with_mask=False)
+            if isinstance(found, Damaged):
+                damaged.append(found.message)
+                samples.append(_blank(found))
+                images.append(self.blank)
+                reports.append([])
+                continue
+            sample, image = found
             rng = np.random.default_rng([self.seed, epoch, sample.number])
-            images.append(augment(self.encoder.image(sample.image, sample.where), self.augmentation, rng))
+            samples.append(sample)
+            images.append(augment(image, self.augmentation, rng))
             chosen = rng.permutation(len(sample.record.reports))[: self.encoder.config.reports_per_image]
             reports.append([sample.record.reports[i] for i in chosen])
-        return self.encoder.collate(samples, images, reports)
+        return self.encoder.collate(samples, images, reports, damaged)
 
 
 class EvaluationStream(IterableDataset):
     """This rank's share of some parts, each sample once, without augmentation and with all reports.
 
     Which samples form a batch does not depend on the number of ranks, so that neither does any number computed of them.
+    With `data.damaged: skip` a batch lacks its damaged samples and says so in `Batch.damaged`: it may have no image.
     """
 
     def __init__(
-        self, encoder: Encoder, manifest: ShardManifest, parts: Sequence[str], *, batch: int, ranks: int, rank: int
+        self,
+        encoder: Encoder,
+        manifest: ShardManifest,
+        parts: Sequence[str],
+        *,
+        batch: int,
+        ranks: int,
+        rank: int,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
+        """Args: left_out: as for `Skipping`."""
         super().__init__()
         self.encoder = encoder
-        self.folder, self.shards = Path(encoder.config.shards), manifest.shards_of(parts)
+        self.source, self.shards = open_source(encoder.config), manifest.shards_of(parts)
+        self.skipping = skipping_of(encoder.config, left_out)
         samples = sum(shard.samples for shard in self.shards)
         self.batches = [np.array(numbers) for numbers in evaluation_batches(samples, batch, ranks, rank)]
 
@@ -345,11 +289,13 @@ class EvaluationStream(IterableDataset):
         batches = self.batches[worker::workers]
         if not batches:
             return
-        samples = read_in_order(self.folder, self.shards, np.concatenate(batches), horizon=0)
+        read = read_in_order(self.source, self.shards, np.concatenate(batches), 0, self.skipping)
         for numbers in batches:
-            chosen = [next(samples) for _ in numbers]
-            images = [self.encoder.image(sample.image, sample.where) for sample in chosen]
-            yield self.encoder.collate(chosen, images, [sample.record.reports for sample in chosen])
+            found = [decoded(self.encoder, next(read), self.skipping, with_mask=True) for _ in numbers]
+            whole = [one for one in found if not isinstance(one, Damaged)]
+            samples, images = [sample for sample, _ in whole], [image for _, image in whole]
+            damaged = [one.message for one in found if isinstance(one, Damaged)]
+            yield self.encoder.collate(samples, images, [sample.record.reports for sample in samples], damaged)
 
 
 class Loader:
@@ -408,3 +354,15 @@ def parts_of(manifest: ShardManifest, fold: int | None) -> tuple[list[str], list
         [part for part in ("val",) if part in manifest.parts],
         [part for part in ("test",) if part in manifest.parts],
     )
+
+
+def image_statistics(statistics: Sequence[PartStatistics]) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel over several parts, each image counted once."""
+    weights = np.array([part.samples for part in statistics], dtype=float)
+    weights /= weights.sum()
+    means = np.array([part.image_mean for part in statistics])
+    squares = np.array([part.image_std for part in statistics]) ** 2 + means**2
+    mean = weights @ means
+    # An image set of one colour still normalises to something finite.
+    std = np.sqrt(np.maximum(weights @ squares - mean**2, 1e-4))
+    return [round(float(value), 6) for value in mean], [round(float(value), 6) for value in std]

@@ -32,6 +32,7 @@ from mdnet_dist.run_data import RunData, open_part
 from mdnet_dist.run_folder import EXPLAINED, METRICS, PICTURES, PREDICTIONS, write_scores
 from mdnet_dist.saved import open_model, saved_config
 from mdnet_dist.shards import write_atomically
+from mdnet_dist.storage import last_name
 from mdnet_dist.tracking import METRICS_NAME, read_metrics, reopen_tracker
 from mdnet_dist.trainer import Result
 
@@ -52,7 +53,7 @@ class Request:
     @property
     def name(self) -> str:
         """Of this evaluation among others of the run: test, val-last, test-nuclei_he-beam3."""
-        pieces = [self.part, Path(self.shards).resolve().name if self.shards else None]
+        pieces = [self.part, last_name(self.shards) if self.shards else None]
         pieces += [Path(self.checkpoint).name if self.checkpoint else None]
         pieces += [f"beam{self.beam_width}" if self.beam_width else None]
         return re.sub(r"[^\w.-]", "_", "-".join(piece for piece in pieces if piece))
@@ -95,6 +96,7 @@ def evaluate_run(request: Request) -> Result:
             beam_width=beam_width,
             nltk_data=nltk_data,
             queries=data.queries(parts),
+            most_damaged=config.data.most_damaged,
         )
     metrics = {f"{request.part}/{name}": value for name, value in evaluation.metrics.items()}
     if is_first():
@@ -103,7 +105,7 @@ def evaluate_run(request: Request) -> Result:
             network,
             card,
             evaluation.predictions,
-            Path(config.data.shards),
+            config.data,
             parts,
             out / EXPLAINED,
             f"Best and worst of {request.run.resolve().name}, {request.part}",

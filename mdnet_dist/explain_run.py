@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mdnet_dist.data import RawSample, read_shard
+from mdnet_dist.config import DataConfig
+from mdnet_dist.data import skipping_of
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluation import Prediction
 from mdnet_dist.explain import Entry, Explanation, index, page
@@ -20,8 +21,10 @@ from mdnet_dist.figures import draw_report
 from mdnet_dist.images import decode_image
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, prepare_image, prepare_mask, split_answers
-from mdnet_dist.predict_folder import find_images
-from mdnet_dist.shards import MANIFEST_NAME, load_manifest, write_atomically
+from mdnet_dist.predict_folder import find_images, inside
+from mdnet_dist.reading import RawSample, sound_samples
+from mdnet_dist.shards import MANIFEST_NAME, write_atomically
+from mdnet_dist.storage import is_address, open_source, place_of_set
 
 BATCH = 8
 
@@ -66,7 +69,7 @@ def explain_best_and_worst(
     network: MDNet,
     card: ModelCard,
     predictions: Sequence[Prediction],
-    shards: Path,
+    data: DataConfig,
     parts: Sequence[str],
     out: Path,
     title: str,
@@ -79,6 +82,7 @@ def explain_best_and_worst(
 
     Args:
         predictions: on the samples of `parts` of the shard set.
+        data: says where that is, and what of it is left out.
         count: of images; with 0 nothing is written.
 
     Returns:
@@ -86,7 +90,7 @@ def explain_best_and_worst(
     """
     keys = best_and_worst(predictions, count)
     if keys:
-        samples = _samples(shards, parts, keys, None)
+        samples = _samples(data, parts, keys, None)
         explain(card, explain_samples(network, card, samples, device=device, beam_width=beam_width), out, title)
     return keys
 
@@ -117,7 +121,7 @@ def _file_name(key: str, taken: set[str]) -> str:
 def explain_sources(
     network: MDNet,
     card: ModelCard,
-    sources: Sequence[Path],
+    sources: Sequence[Path | str],
     decoder: Decoder,
     *,
     part: str = "test",
@@ -131,6 +135,7 @@ def explain_sources(
     An image file that cannot be read is named on stderr and left out.
 
     Args:
+        sources: paths; addresses of shard sets are text.
         part: of shard sets.
         keys: only these samples of shard sets.
         count: of each folder or shard set, at most.
@@ -139,14 +144,16 @@ def explain_sources(
         InputError: no such file, part or key; a shard that cannot be read.
     """
     for source in sources:
-        if (source / MANIFEST_NAME).is_file():
-            yield from explain_samples(
-                network, card, _samples(source, [part], keys, count), device=device, beam_width=beam_width
-            )
+        if is_address(str(source)) or (Path(source) / MANIFEST_NAME).is_file():
+            samples = _samples(DataConfig(shards=str(source)), [part], keys, count)
+            yield from explain_samples(network, card, samples, device=device, beam_width=beam_width)
             continue
+        source = Path(source)
         paths = find_images(source)[:count]
         root = source if source.is_dir() else source.parent
-        answers = answer_files(network, card, paths, decoder, device=device, batch=BATCH, beam_width=beam_width)
+        answers = answer_files(
+            network, card, paths, inside(root, decoder), device=device, batch=BATCH, beam_width=beam_width
+        )
         for path, square, answer in answers:
             if isinstance(answer, InputError):
                 tqdm.write(f"skipped: {answer}", file=sys.stderr)
@@ -156,20 +163,20 @@ def explain_sources(
                 yield Explanation(key=name, image=square, answer=answer, label=None, references=[])
 
 
-def _samples(folder: Path, parts: Sequence[str], keys: Sequence[str], count: int | None) -> Iterator[RawSample]:
-    manifest = load_manifest(folder)
+def _samples(data: DataConfig, parts: Sequence[str], keys: Sequence[str], count: int | None) -> Iterator[RawSample]:
+    source = open_source(data)
+    shards = source.manifest().shards_of(parts)
     wanted, found = set(keys), 0
-    for shard in manifest.shards_of(parts):
-        for sample in read_shard(folder, shard):
-            if keys and sample.key not in wanted:
-                continue
-            if count is not None and found == count:
-                return
-            wanted.discard(sample.key)
-            found += 1
-            yield sample
+    for sample in sound_samples(source, shards, skipping_of(data)):
+        if keys and sample.key not in wanted:
+            continue
+        if count is not None and found == count:
+            return
+        wanted.discard(sample.key)
+        found += 1
+        yield sample
     if wanted:
-        raise InputError(f"{folder}: part '{', '.join(parts)}' has no sample '{min(wanted)}'")
+        raise InputError(f"{place_of_set(data)}: part '{', '.join(parts)}' has no sample '{min(wanted)}'")
 
 
 def explain_samples(

@@ -99,7 +99,7 @@ def make_card(
     together = config.data.sentences == "report"
     return ModelCard(
         model=model,
-        data=config.data.model_dump(mode="json", exclude={"shards"}),  # where the data lay is nobody's business
+        data=config.data.model_dump(mode="json", exclude={"shards", "cache"}),  # where data lay is nobody's business
         topics=joined_topics(topics) if together else topics,
         joined=joining_order(topics) if together else [],
         classes=classes,

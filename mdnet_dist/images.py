@@ -7,6 +7,10 @@ used: its bomb check warns at a limit of its own before ours can refuse, and it 
 from __future__ import annotations
 
 import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,10 @@ from mdnet_dist.errors import InputError
 
 MAX_PIXELS = 1 << 26
 """67 million pixels (8192 x 8192), 200 MB once decoded: larger than a mammogram, smaller than a bomb."""
+MAX_SCANS = 64
+"""A JPEG file may go over its pixels as often, one of `MAX_PIXELS` at least; progressive ones need about ten scans. A
+scan of nothing takes a few bytes, and as long as a full one."""
+_BLOCK_PIXELS = 1 << 20  # that are wide numbers at a time
 
 ORIENTATION = 0x0112  # EXIF tag: how the camera was held; 1 is upright
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -42,13 +50,11 @@ def decode_image(raw: bytes, where: str, max_pixels: int = MAX_PIXELS, keep_grey
     Raises:
         InputError: not one of the four formats, too many pixels, truncated or damaged.
     """
-    image = _open(raw, where, max_pixels)
     try:
-        image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = _to_grey_or_rgb(image)
+        image = _to_grey_or_rgb(_upright(_open(raw, where, max_pixels), raw))
         return image if keep_grey or image.mode == "RGB" else image.convert("RGB")
+    except InputError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files, and each means the same
         raise InputError(f"{where}: the image does not decode ({_reason(error)})") from error
 
@@ -70,9 +76,7 @@ def decode_mask(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArray
     if image.format not in ("PNG", "TIFF"):
         raise InputError(f"{where}: a mask must be PNG or TIFF, which keep every pixel; this is {image.format}")
     try:
-        image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
+        image = _upright(image, raw)
         values = np.asarray(image)
         if values.ndim == 2:
             return values != 0
@@ -137,15 +141,23 @@ def scale_to_8_bit(values: np.ndarray) -> NDArray[np.uint8]:
     Raises:
         ValueError: no value is finite.
     """
-    wide = values.astype(np.float64)
-    finite = wide[np.isfinite(wide)]
-    if finite.size == 0:
+    rows = max(1, _BLOCK_PIXELS // max(1, values[0].size))
+    blocks = [
+        slice(start, start + rows) for start in range(0, len(values), rows)
+    ]  # in doubles all would be eight times
+    low, high = np.inf, -np.inf
+    for block in blocks:
+        wide = values[block].astype(np.float64)
+        finite = wide[np.isfinite(wide)]
+        low, high = min(low, finite.min(initial=np.inf)), max(high, finite.max(initial=-np.inf))
+    if low > high:
         raise ValueError("no pixel is a finite number")
-    low, high = finite.min(), finite.max()
-    wide = np.nan_to_num(wide, nan=low, posinf=high, neginf=low)
-    # Halves, because high - low can be more than a float holds.
-    fraction = (wide / 2 - low / 2) / (high / 2 - low / 2) if high > low else np.zeros_like(wide)
-    return np.rint(fraction * 255).astype(np.uint8)
+    scaled = np.zeros(values.shape, dtype=np.uint8)
+    for block in blocks if high > low else []:
+        wide = np.nan_to_num(values[block].astype(np.float64), nan=low, posinf=high, neginf=low)
+        # Halves, because high - low can be more than a float holds.
+        scaled[block] = np.rint((wide / 2 - low / 2) / (high / 2 - low / 2) * 255)
+    return scaled
 
 
 def _bare(image: Image.Image) -> Image.Image:
@@ -168,7 +180,8 @@ def _open(raw: bytes, where: str, max_pixels: int) -> Any:
     else:
         raise InputError(f"{where}: not a JPEG, PNG, TIFF or WebP image")
     try:
-        image = reader(io.BytesIO(raw))
+        with quiet():
+            image = reader(io.BytesIO(raw))
         width, height = image.size
         if reader is PngImageFile and raw.rfind(b"IEND") < 0:  # Pillow forgives that where no pixel is missing
             raise EOFError("the file is truncated")
@@ -178,13 +191,40 @@ def _open(raw: bytes, where: str, max_pixels: int) -> Any:
         raise InputError(
             f"{where}: {width} x {height} = {width * height:,} pixels, more than the {max_pixels:,} that are read"
         )
+    scans = raw.count(b"\xff\xda") if reader is JpegImageFile else 1
+    if scans * width * height > MAX_SCANS * MAX_PIXELS:
+        raise InputError(f"{where}: {scans:,} scans of {width} x {height} pixels, which would take very long")
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    # EXIF and XMP can both carry it; asking costs time, so only where one of them is there.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings from a reader of damaged files, which would take several lines and name nothing of ours.
+
+    One thread at a time: the filters of warnings are the whole process's.
+    """
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_QUIET = threading.Lock()
+
+
+def _upright(image: Any, raw: bytes) -> Any:
+    """The image with its pixels read, turned as its file says; only TIFF, animated PNG and EXIF warn."""
+    if image.format == "TIFF" or b"acTL" in raw:
+        with quiet():
+            image.load()
+    else:
+        image.load()
     if "exif" not in image.info and "xmp" not in image.info and "XML:com.adobe.xmp" not in image.info:
-        return 1
+        return image  # only these can carry an orientation, and asking costs time
+    with quiet():
+        return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+
+
+def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(ORIENTATION, 1))
 
 

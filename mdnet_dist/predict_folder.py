@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from mdnet_dist.errors import InputError
@@ -89,18 +90,12 @@ def predict_folder(
     """
     paths = find_images(folder)
     root = folder if folder.is_dir() else folder.parent
-
-    def decode_inside(path: Path) -> Any:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{path}: a link that leaves the folder")
-        if not path.is_file():  # a broken link; a pipe, on which one would wait for ever
-            raise InputError(f"{path}: not a file")
-        return decoder(path)
-
     told = skipped = 0
     with _whole_or_not(out) as file, tqdm(total=len(paths), unit="image", disable=None) as bar:
         write_row = _csv_rows(file, card) if out.suffix.lower() == ".csv" else _json_rows(file)
-        answers = answer_files(network, card, paths, decode_inside, device=device, batch=batch, beam_width=beam_width)
+        answers = answer_files(
+            network, card, paths, inside(root, decoder), device=device, batch=batch, beam_width=beam_width
+        )
         for path, _, answer in answers:
             bar.update(1)
             if isinstance(answer, InputError):
@@ -112,6 +107,19 @@ def predict_folder(
         if not told:
             raise InputError(f"{folder}: none of its {len(paths)} image files can be read; the lines above say why")
     return told, skipped
+
+
+def inside(root: Path, decoder: Decoder) -> Decoder:
+    """A decoder that refuses links out of a folder, and what is no file: on a pipe one would wait for ever."""
+
+    def decode_inside(path: Path) -> Image.Image:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{path}: a link that leaves the folder")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
+        return decoder(path)
+
+    return decode_inside
 
 
 def check_out(out: Path) -> None:

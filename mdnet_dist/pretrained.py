@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,6 +63,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if path.suffix != ".pth":
             raise InputError(f"{path}: model.image.pretrained must end in .pth or .safetensors")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if any(part.file_size > part.compress_size for part in parts.infolist()):
+                    raise InputError(
+                        f"{path}: is compressed, and may be of any size inside; torch.save writes it plain"
+                    )
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pickle protocols, TorchScript: refused below or harmless
             found = torch.load(file, map_location="cpu", weights_only=True)
@@ -72,8 +78,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     except pickle.UnpicklingError as error:  # also what would execute something
         raise InputError(f"{path}: holds something else than weights, or is damaged; nothing of it was run") from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    except InputError:
+        raise
+    except MemoryError as error:  # torch's old format says how much there is before it is there
+        raise InputError(f"{path}: claims more weights than memory holds; download it again") from error
+    except Exception as error:  # torch's readers raise nearly anything on damaged files
+        reason = str(error) or type(error).__name__
         raise InputError(f"{path}: damaged ({reason:.100}); download it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"{path}: must hold a mapping of names to weights")

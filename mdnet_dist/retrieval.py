@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnet_dist.data import Encoder, RawSample
+from mdnet_dist.data import Encoder
 from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard
 from mdnet_dist.images import decode_image
 from mdnet_dist.model.language_model import LanguageModel, Told
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.predict import Answers, answers_of, as_batch, prepare_image, prepare_mask
+from mdnet_dist.reading import RawSample
 from mdnet_dist.shards import Report
 from mdnet_dist.vocabulary import END, PAD, SPECIAL_WORDS, Vocabulary, tokenize
 
@@ -293,6 +294,8 @@ def recalls(queries: Queries, likelihoods: Mapping[str, Sequence[float]]) -> dic
     N = len(keys)
     found: dict[str, float] = {}
     asked = [(key, numbers) for key, numbers in sorted(queries.reports.items()) if key in place]
+    if not asked:  # damaged, all of them
+        return found
     of_reports = [np.array([math.fsum(row) for row in scores[:, numbers]]) for _, numbers in asked]
     for k in RANKS:
         own = [recall(values, [place[key]], k) for values, (key, _) in zip(of_reports, asked)]

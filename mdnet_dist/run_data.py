@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from mdnet_dist.config import DataConfig, RunConfig
+from mdnet_dist.console import say
+from mdnet_dist.damage import DamageCount
 from mdnet_dist.data import (
     Encoder,
     EvaluationStream,
     Loader,
-    RawSample,
     TrainingStream,
-    check_shards,
+    decoded,
+    image_statistics,
     parts_of,
-    read_shard,
+    skipping_of,
 )
-from mdnet_dist.distributed import on_first, raise_together, rank, world_size
+from mdnet_dist.distributed import gather, on_first, raise_together, rank, world_size
 from mdnet_dist.errors import InputError, nearest
 from mdnet_dist.export import ModelCard, make_card
 from mdnet_dist.plan import rank_share, steps_per_epoch
+from mdnet_dist.reading import Damaged, RawSample, check_shards, sound_samples
 from mdnet_dist.retrieval import Queries, collect_queries
 from mdnet_dist.sentences import as_one_sentence
-from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardInfo, ShardManifest, load_manifest
+from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardManifest
+from mdnet_dist.storage import ShardSource, open_source, place_of_set
 from mdnet_dist.vocabulary import Vocabulary, tokenize
 
 
@@ -42,6 +43,7 @@ class RunData:
     encoder: Encoder
     samples: int  # in training
     steps_per_epoch: int
+    left_out: dict[str, str] = field(default_factory=dict)  # by `data.damaged: skip`: {shard's file: what is wrong}
 
     def training_batches(self, config: RunConfig, first_step: int, steps: int, pin_memory: bool) -> Loader:
         """This rank's micro-batches from a step on."""
@@ -57,13 +59,20 @@ class RunData:
             steps=steps,
             ranks=world_size(),
             rank=rank(),
+            left_out=self.left_out,
         )
         return Loader(stream, config.data.workers, pin_memory)
 
     def evaluation_batches(self, config: RunConfig, parts: list[str], pin_memory: bool) -> Loader:
         """This rank's share of some parts, each sample once."""
         stream = EvaluationStream(
-            self.encoder, self.manifest, parts, batch=config.evaluate.batch, ranks=world_size(), rank=rank()
+            self.encoder,
+            self.manifest,
+            parts,
+            batch=config.evaluate.batch,
+            ranks=world_size(),
+            rank=rank(),
+            left_out=self.left_out,
         )
         return Loader(stream, config.data.workers, pin_memory)
 
@@ -83,10 +92,21 @@ class RunData:
         """What is known of every image of some parts, without decoding any."""
         return (sample.record for sample in self.samples_of(parts))
 
-    def samples_of(self, parts: list[str]) -> Iterator[RawSample]:
-        """The samples of some parts as they lie in their shards, in order."""
-        for shard in self.manifest.shards_of(parts):
-            yield from read_shard(Path(self.encoder.config.shards), shard)
+    def samples_of(self, parts: list[str], damaged: list[str] | None = None) -> Iterator[RawSample]:
+        """The samples of some parts as they lie in their shards, in order.
+
+        Args:
+            damaged: with `data.damaged: skip` gets a message for each sample that is left out. Whether its picture
+                decodes is looked at only where this is given.
+        """
+        config, skipping = self.encoder.config, skipping_of(self.encoder.config, self.left_out)
+        for sample in sound_samples(open_source(config), self.manifest.shards_of(parts), skipping, damaged):
+            if damaged is not None:
+                found = decoded(self.encoder, sample, skipping, with_mask=True)
+                if isinstance(found, Damaged):
+                    damaged.append(found.message)
+                    continue
+            yield sample
 
     def cuts_sentences(self) -> bool:
         """Whether some sentence of training is longer than the configured length. Collective."""
@@ -99,7 +119,7 @@ class RunData:
 
 
 def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
-    """Read the manifest, check this rank's share of the shards, and derive vocabulary and image statistics.
+    """Read the manifest, check this rank's share of the shards, and derive vocabulary and image statistics. Collective.
 
     Args:
         with_test: without it there is no test part, and its shards are not even opened.
@@ -107,23 +127,25 @@ def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
     Raises:
         InputError: whatever is wrong with the shards or contradicts the configuration.
     """
-    folder = Path(config.data.shards)
-    manifest = load_manifest(folder)
+    source = open_source(config.data)
+    manifest = source.manifest()
     train, validation, test = parts_of(manifest, config.data.fold)
     test = test if with_test else []
     statistics = [manifest.parts[part] for part in train]
     samples = sum(part.samples for part in statistics)
     steps = steps_per_epoch(samples, config.train.global_batch)
     rank_share(config.train.global_batch, world_size(), rank())
-    _check_shards_together(folder, manifest.shards_of([*train, *validation, *test]))
+    left_out = _check_shards_together(config.data, source, manifest, [train, validation, test])
 
     words: Counter[str] = Counter()
     for part in statistics:
         words.update(part.words)
     vocabulary = Vocabulary.from_counts(words, config.data.min_word_count)
     if manifest.topics and not words:
-        raise InputError(f"{folder}: the training part has no word in any report; give reports, or no topics")
-    mean, std = _image_statistics(statistics)
+        raise InputError(
+            f"{place_of_set(config.data)}: the training part has no word in any report; give reports, or no topics"
+        )
+    mean, std = image_statistics(statistics)
     card = make_card(config, manifest.topics, manifest.classes, vocabulary, _conclusions(statistics), mean, std)
     return RunData(
         manifest=manifest,
@@ -134,22 +156,27 @@ def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
         encoder=Encoder(config.data, card.topics_read, manifest.classes, vocabulary),
         samples=samples,
         steps_per_epoch=steps,
+        left_out=left_out,
     )
 
 
+AS_TRAINED = ("image_size", "fit", "sentences", "max_tokens")
+"""Keys of `data` that belong to a network; the others say where and how a shard set is read."""
+
+
 def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, list[str]]:
-    """The data of a saved network, and the names of the shard set's parts that `part` means.
+    """The data of a saved network, and the names of the shard set's parts that `part` means. Collective.
 
     Args:
-        config: `data.shards` and `data.fold` say what is read.
+        config: `data` says what is read, and from where.
         card: says how: image size, words, classes, whatever the shard set's own are.
         part: train, val or test, which for a set dealt into folds follow from `data.fold`; or a part of the set.
 
     Raises:
         InputError: no such set or part, shards that differ from their manifest, or a label that the network lacks.
     """
-    folder = Path(config.data.shards)
-    manifest = load_manifest(folder)
+    source = open_source(config.data)
+    manifest = source.manifest()
     in_folds = manifest.folds and config.data.fold is not None
     if in_folds or "train" in manifest.parts:
         train, validation, test = parts_of(manifest, config.data.fold if in_folds else None)
@@ -157,15 +184,16 @@ def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, l
         train = []
         validation, test = ([part for part in manifest.parts if part == name] for name in ("val", "test"))
     parts = {"train": train, "val": validation, "test": test}.get(part) or [part]
-    shards = manifest.shards_of(parts)
+    manifest.shards_of(parts)  # refuses a part that is not there
     labels = {label for name in parts for label, images in manifest.parts[name].labels.items() if images}
     if unknown := sorted(labels - set(card.classes)):
         raise InputError(
-            f"{folder}: label '{unknown[0]}' is not a class of the network; {nearest(unknown[0], card.classes)}"
+            f"{place_of_set(config.data)}: label '{unknown[0]}' is not a class of the network; "
+            f"{nearest(unknown[0], card.classes)}"
         )
-    _check_shards_together(folder, shards)
-    data = DataConfig.model_validate({**card.data, "shards": str(folder)})
-    statistics = [manifest.parts[name] for name in train]
+    left_out = _check_shards_together(config.data, source, manifest, [parts])
+    trained = DataConfig.model_validate({**card.data, "shards": ""})
+    data = config.data.model_copy(update={key: getattr(trained, key) for key in AS_TRAINED})
     return RunData(
         manifest=manifest,
         train=train,
@@ -173,19 +201,46 @@ def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, l
         test=test,
         card=card,
         encoder=Encoder(data, card.topics_read, card.classes, card.vocabulary),
-        samples=sum(part.samples for part in statistics),
+        samples=sum(manifest.parts[name].samples for name in train),
         steps_per_epoch=0,
+        left_out=left_out,
     ), parts
 
 
-def _check_shards_together(folder: Path, shards: list[ShardInfo]) -> None:
-    """Each rank checks its share; what one of them finds wrong is every rank's error."""
+def _check_shards_together(
+    config: DataConfig, source: ShardSource, manifest: ShardManifest, uses: list[list[str]]
+) -> dict[str, str]:
+    """Each rank checks its share; what one of them finds wrong is every rank's error, or known to all of them.
+
+    Args:
+        uses: the parts that are read together: to train, to validate, to test.
+
+    Returns:
+        the shards to leave out, {file: what is wrong}; the first rank says which.
+
+    Raises:
+        InputError: a shard differs and `data.damaged` is strict, or more images are left out than may be.
+    """
     problem: InputError | None = None
+    found: dict[str, str] = {}
+    shards = manifest.shards_of([part for parts in uses for part in parts])
     try:
-        check_shards(folder, shards, ranks=world_size(), rank=rank())
+        found = check_shards(source, shards, ranks=world_size(), rank=rank(), skip=config.damaged == "skip")
     except InputError as error:
         problem = error
     raise_together(problem)
+    everywhere = {file: message for part in gather(found) for file, message in part.items()}
+    left_out = {shard.file: everywhere[shard.file] for shard in shards if shard.file in everywhere}
+    for message in left_out.values():
+        say(f"left out: {message}")
+    for parts in uses:
+        count = DamageCount(config.most_damaged, f"images of {', '.join(parts)}")
+        count.begin(sum(manifest.parts[part].samples for part in parts))
+        for shard in manifest.shards_of(parts):
+            if shard.file in left_out:
+                count.add(shard.samples, [left_out[shard.file]] * shard.samples)
+        count.check()
+    return left_out
 
 
 def _conclusions(statistics: list[PartStatistics]) -> dict[str, dict[str, int]]:
@@ -195,15 +250,3 @@ def _conclusions(statistics: list[PartStatistics]) -> dict[str, dict[str, int]]:
         for label, sentences in part.conclusions.items():
             conclusions.setdefault(label, Counter()).update(sentences)
     return {label: dict(sorted(sentences.items())) for label, sentences in sorted(conclusions.items())}
-
-
-def _image_statistics(statistics: list[PartStatistics]) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel over several parts, each image counted once."""
-    weights = np.array([part.samples for part in statistics], dtype=float)
-    weights /= weights.sum()
-    means = np.array([part.image_mean for part in statistics])
-    squares = np.array([part.image_std for part in statistics]) ** 2 + means**2
-    mean = weights @ means
-    # An image set of one colour still normalises to something finite.
-    std = np.sqrt(np.maximum(weights @ squares - mean**2, 1e-4))
-    return [round(float(value), 6) for value in mean], [round(float(value), 6) for value in std]

@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 from mdnet_dist.errors import InputError, nearest
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 CONCLUSION = "conclusion"
 """The topic whose sentence names the diagnosis; a shard set need not have it."""
 
@@ -101,8 +103,7 @@ def load_manifest(folder: str | os.PathLike[str]) -> ShardManifest:
     """Read and check the manifest of the shard set in `folder`.
 
     Raises:
-        InputError: no such folder or manifest, not JSON, another format version, a missing or unknown field, a shard
-            name that leaves the folder, or a shard that is listed twice.
+        InputError: no such folder or manifest, or as `parse_manifest`.
     """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
@@ -110,27 +111,93 @@ def load_manifest(folder: str | os.PathLike[str]) -> ShardManifest:
             f"{path}: no such file; a shard set has one, written by `python -m data_shards synth|import --out {folder}`"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); build the shard set again") from error
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, where: str) -> ShardManifest:
+    """Read and check `manifest.json`.
+
+    Args:
+        raw: the file's bytes.
+        where: the file, for messages.
+
+    Raises:
+        InputError: not JSON, another format version, a missing or unknown field, a shard name that leaves the folder,
+            a shard that appears twice under one name or two, or parts that their shards do not add up to.
+    """
     try:
-        if raw["format"] != FORMAT_VERSION:
-            raise InputError(f"{path}: format {raw['format']}, but this version reads format {FORMAT_VERSION}")
-        raw["parts"] = {part: PartStatistics(**statistics) for part, statistics in raw["parts"].items()}
-        raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
-        manifest = ShardManifest(**raw)
+        fields = _loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}); build the shard set again") from error
+    try:
+        if fields["format"] != FORMAT_VERSION:
+            raise InputError(f"{where}: format {fields['format']}, but this version reads format {FORMAT_VERSION}")
+        fields["parts"] = {part: PartStatistics(**statistics) for part, statistics in fields["parts"].items()}
+        fields["shards"] = [ShardInfo(**shard) for shard in fields["shards"]]
+        manifest = ShardManifest(**fields)
         for found in (*manifest.parts.values(), *manifest.shards, manifest):
             _check_types(found)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a shard manifest ({error}); build the shard set again") from error
-    seen: set[str] = set()
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
-            raise InputError(f"{path}: shard '{shard.file}' is not a plain file name inside the folder")
-        if shard.file in seen:
-            raise InputError(f"{path}: shard '{shard.file}' is listed twice")
-        seen.add(shard.file)
+        raise InputError(f"{where}: not a shard manifest ({error}); build the shard set again") from error
+    _check_shards(manifest, where)
+    for part, statistics in manifest.parts.items():
+        for name in ("image_mean", "image_std"):
+            values = getattr(statistics, name)
+            if len(values) != 3 or not all(0 <= value <= 1 for value in values):  # NaN is not
+                raise InputError(f"{where}: part '{part}': '{name}' must be three numbers from 0 to 1")
+        listed = sum(shard.samples for shard in manifest.shards if shard.part == part)
+        if listed != statistics.samples:
+            raise InputError(
+                f"{where}: part '{part}' has {statistics.samples} samples, but its shards {listed}: one is missing "
+                "from the list, or its count is wrong; copy the manifest again"
+            )
     return manifest
+
+
+def _check_shards(manifest: ShardManifest, where: str) -> None:
+    """Check each shard's name, checksum and part.
+
+    Raises:
+        InputError: the first that cannot be right.
+    """
+    names: set[str] = set()
+    name_of: dict[str, str] = {}
+    for shard in manifest.shards:
+        plain = Path(shard.file).name == shard.file and shard.file.isprintable()
+        if not plain or shard.file in ("", ".", ".."):
+            raise InputError(f"{where}: shard '{shard.file}' is not a plain file name inside the folder")
+        if shard.file in names:
+            raise InputError(f"{where}: shard '{shard.file}' is listed twice")
+        names.add(shard.file)
+        if not _SHA256.fullmatch(shard.sha256):  # a cache names files after it
+            raise InputError(f"{where}: shard '{shard.file}': sha256 must be 64 hexadecimal digits in lower case")
+        if shard.sha256 in name_of:
+            raise InputError(
+                f"{where}: the same shard appears twice, as '{name_of[shard.sha256]}' and as '{shard.file}': their "
+                "checksums are equal; build the shard set again"
+            )
+        name_of[shard.sha256] = shard.file
+        if shard.part not in manifest.parts:
+            raise InputError(
+                f"{where}: shard '{shard.file}' is of part '{shard.part}', which the manifest lacks; "
+                f"{nearest(shard.part, manifest.parts)}"
+            )
+
+
+def _loads(text: str) -> Any:
+    """JSON of which everything can be written again.
+
+    Raises:
+        ValueError: not JSON, or half a character (a lone surrogate), which no page or file of predictions can hold.
+        RecursionError: nested too deeply.
+    """
+    found = json.loads(text)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 def _check_types(found: Any) -> None:
@@ -171,10 +238,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return digest_of(file)
+
+
+def digest_of(file: BinaryIO) -> str:
+    """The SHA-256 of what is left of an open file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -189,7 +261,7 @@ def parse_record(raw: bytes, where: str) -> SampleRecord:
         InputError: not JSON, or not a sample record.
     """
     try:
-        fields: dict[str, Any] = json.loads(raw)
+        fields: dict[str, Any] = _loads(raw.decode("utf-8"))
         record = SampleRecord(**fields)
         well_formed = (
             isinstance(record.patient, str)

@@ -25,7 +25,8 @@ from mdnet_dist.errors import InputError, Preempted
 from mdnet_dist.figures import draw_sweep
 from mdnet_dist.run import run_training
 from mdnet_dist.run_folder import existing_run_folder, new_run_folder
-from mdnet_dist.shards import load_manifest, write_atomically
+from mdnet_dist.shards import write_atomically
+from mdnet_dist.storage import open_source, place_of_set
 from mdnet_dist.tracking import Tracker, open_parent, run_tags
 from mdnet_dist.trainer import Result
 
@@ -71,9 +72,11 @@ def run_sweep(config: RunConfig, depths: Sequence[Depth] = DEPTHS, *, resume: bo
     if len(set(depths)) != len(depths) or not depths:
         raise InputError(f"--depths {' '.join(map(str, depths))}: name each depth once")
     runs = {depth: _run_config(config, depth) for depth in depths}
-    manifest = load_manifest(config.data.shards)
+    manifest = open_source(config.data).manifest()
     if not manifest.classes or not parts_of(manifest, config.data.fold)[2]:
-        raise InputError(f"{config.data.shards}: a sweep compares top-1 errors of the test part; the set has no such")
+        raise InputError(
+            f"{place_of_set(config.data)}: a sweep compares top-1 errors of the test part; the set has no such"
+        )
     device = start_processes()
     folder = on_first(lambda: existing_run_folder(config) if resume else new_run_folder(config))
     state = on_first(lambda: _open_state(folder, config, resume))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import gzip
-import io
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 
 from data_shards.writer import Sample, write_shards
-from mdnet_dist import data
+from mdnet_dist import reading
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.data import (
     Batch,
@@ -33,17 +32,17 @@ from mdnet_dist.data import (
     EvaluationStream,
     Loader,
     TrainingStream,
-    check_shards,
     parts_of,
-    read_in_order,
-    read_shard,
 )
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import encode_png, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, micro_batches, reading_horizon
+from mdnet_dist.reading import check_shards, read_in_order, read_shard
 from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest, sha256_of
+from mdnet_dist.storage import LocalSource, ShardSource
 from mdnet_dist.vocabulary import END, PAD, UNKNOWN, Vocabulary
+from tests.damage import change, members_of, start_of, write_members
 from tests.tiny import CLASSES, TOPICS, WORDS, tiny_set
 
 # PyTorch advises against more workers than cores; how many this machine has must not decide what is tested.
@@ -69,6 +68,10 @@ class Set:
 
     folder: Path
     manifest: ShardManifest
+
+    @property
+    def source(self) -> LocalSource:
+        return LocalSource(self.folder)
 
     def encoder(self, **config: Any) -> Encoder:
         return encoder_of(self.folder, self.manifest.vocabulary, **config)
@@ -102,6 +105,7 @@ def training_stream(
     augmentation: AugmentConfig = ALL_CHANGES,
     micro_batch: int = 2,
     seed: int = 5,
+    left_out: dict[str, str] | None = None,
     **config: Any,
 ) -> TrainingStream:
     return TrainingStream(
@@ -116,6 +120,7 @@ def training_stream(
         steps=steps,
         ranks=ranks,
         rank=rank,
+        left_out=left_out,
     )
 
 
@@ -174,7 +179,7 @@ def test_any_first_step_goes_on_as_if_nothing_had_happened(
 
 def test_batches_follow_the_plan(tiny: Set, expected: list[list[Any]]) -> None:
     shards = tiny.manifest.shards_of(["train"])
-    keys = [sample.key for shard in shards for sample in read_shard(tiny.folder, shard)]
+    keys = [sample.key for shard in shards for sample in read_shard(tiny.source, shard)]
     assert len(set(keys)) == 26
     for epoch in (0, 1):
         order = epoch_order([shard.samples for shard in shards], seed=5, epoch=epoch, global_batch=6, window=8)
@@ -200,7 +205,7 @@ def test_evaluation_covers_each_sample_once_in_order(ranks: int, workers: int, t
         EvaluationStream(encoder, tiny.manifest, parts, batch=3, ranks=ranks, rank=rank) for rank in range(ranks)
     ]
     read = [sample for stream in streams for batch in Loader(stream, workers) for sample in samples_in(batch)]
-    stored = [raw for shard in tiny.manifest.shards_of(parts) for raw in read_shard(tiny.folder, shard)]
+    stored = [raw for shard in tiny.manifest.shards_of(parts) for raw in read_shard(tiny.source, shard)]
     assert [sample[0] for sample in read] == [raw.key for raw in stored]
     assert len(read) == 13
     for (_, pixels, _, said, record, mask), raw in zip(read, stored):
@@ -215,7 +220,7 @@ def test_more_ranks_than_samples_to_evaluate(tiny: Set) -> None:
         EvaluationStream(tiny.encoder(), tiny.manifest, ["val"], batch=3, ranks=9, rank=rank) for rank in range(9)
     ]
     assert sorted(key for stream in streams for batch in stream for key in batch.keys) == sorted(
-        raw.key for shard in tiny.manifest.shards_of(["val"]) for raw in read_shard(tiny.folder, shard)
+        raw.key for shard in tiny.manifest.shards_of(["val"]) for raw in read_shard(tiny.source, shard)
     )
 
 
@@ -374,34 +379,6 @@ def test_a_square_of_the_right_size_is_not_touched() -> None:
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
-def members_of(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
-    with tarfile.open(path) as tar:
-        return [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-
-
-def write_members(path: Path, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for member, content in members:
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def change(path: Path, extension: str, content: bytes | None, which: int = 2) -> str:
-    """Replace (or drop, for None) a member of the sample number `which`; its key."""
-    members = members_of(path)
-    keys = list(dict.fromkeys(member.name.partition(".")[0] for member, _ in members))
-    changed = []
-    for member, old in members:
-        stem, _, kind = member.name.partition(".")
-        if stem == keys[which] and kind in extension.split("|"):
-            if content is not None:
-                changed.append((member, content))
-        else:
-            changed.append((member, old))
-    write_members(path, changed)
-    return keys[which]
-
-
 def read_all(shards: Set, workers: int = 0) -> None:
     for _ in Loader(training_stream(shards, steps=1, micro_batch=6), workers):
         pass
@@ -437,7 +414,7 @@ def test_damaged_samples_are_named(name: str, damaged: Set) -> None:
     key = damage(path)
     with pytest.raises(InputError) as caught:
         read_all(damaged)
-    assert str(caught.value).startswith(f"{path}, sample '{key}': ")
+    assert str(caught.value).startswith(f"{path}, sample '{key}' at byte {start_of(path, key)}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -470,7 +447,7 @@ def test_shards_that_differ_from_the_manifest_are_named(damaged: Set) -> None:
     shards = damaged.manifest.shards
     path = damaged.folder / shards[1].file
     content = path.read_bytes()
-    check_shards(damaged.folder, shards)
+    check_shards(damaged.source, shards)
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     for bad, message in (
@@ -482,11 +459,11 @@ def test_shards_that_differ_from_the_manifest_are_named(damaged: Set) -> None:
     ):
         path.unlink() if bad is None else path.write_bytes(bad)
         with pytest.raises(InputError) as caught:
-            check_shards(damaged.folder, shards)
+            check_shards(damaged.source, shards)
         assert str(caught.value).startswith(message)
-        check_shards(damaged.folder, shards, ranks=2, rank=0)  # the other rank's
+        check_shards(damaged.source, shards, ranks=2, rank=0)  # the other rank's
         with pytest.raises(InputError):
-            check_shards(damaged.folder, shards, ranks=2, rank=1)
+            check_shards(damaged.source, shards, ranks=2, rank=1)
 
 
 def test_every_shard_is_checked_by_some_rank(tiny: Set) -> None:
@@ -496,7 +473,7 @@ def test_every_shard_is_checked_by_some_rank(tiny: Set) -> None:
             found = 0
             for rank in range(ranks):
                 try:
-                    check_shards(tiny.folder, wrong, ranks=ranks, rank=rank)
+                    check_shards(tiny.source, wrong, ranks=ranks, rank=rank)
                 except InputError:
                     found += 1
             assert found == 1
@@ -507,7 +484,7 @@ def test_every_shard_is_checked_by_some_rank(tiny: Set) -> None:
 def test_a_shard_that_went_after_the_check_is_named(damaged: Set) -> None:
     path = damaged.folder / damaged.manifest.shards[0].file
     path.unlink()
-    with pytest.raises(InputError, match=r"train-000000\.tar: No such file or directory after sample 0"):
+    with pytest.raises(InputError, match=r"train-000000\.tar: the manifest lists this shard, but it is not there$"):
         read_all(damaged)
 
 
@@ -517,7 +494,7 @@ def test_a_wrong_count_is_an_error_wherever_the_shard_is_read(samples: int, dama
     wrong = replace(damaged.manifest, shards=[replace(shards[0], samples=samples), shards[1]])
     said = "5 samples" if samples > 5 else f"{samples + 1} or more samples"
     with pytest.raises(InputError) as caught:
-        list(read_shard(damaged.folder, wrong.shards[0]))
+        list(read_shard(damaged.source, wrong.shards[0]))
     message = f"{damaged.folder / shards[0].file}: {said}, but the manifest says {samples}; copy the shard again"
     assert str(caught.value) == message
     for stream in (
@@ -536,18 +513,18 @@ def test_a_shard_cut_off_anywhere_is_an_error(damaged: Set) -> None:
     content = path.read_bytes()
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
-    whole = [(sample.key, sample.image, sample.record) for sample in read_shard(damaged.folder, shard)]
+    whole = [(sample.key, sample.image, sample.record) for sample in read_shard(damaged.source, shard)]
     ends = {0, 1, 511, 512, 513, 1023, 1024, last.offset, last.offset_data, last.offset_data + last.size - 1}
     cuts = sorted(ends | {random.Random(cut).randrange(last.offset_data + last.size) for cut in range(150)})
     for cut in cuts:
         path.write_bytes(content[:cut])
         with pytest.raises(InputError) as caught:
-            list(read_shard(damaged.folder, shard))
+            list(read_shard(damaged.source, shard))
         assert str(caught.value).startswith(f"{path}")
     for cut in range(last.offset_data + last.size, len(content), 97):
         path.write_bytes(content[:cut])
         try:
-            assert [(sample.key, sample.image, sample.record) for sample in read_shard(damaged.folder, shard)] == whole
+            assert [(sample.key, sample.image, sample.record) for sample in read_shard(damaged.source, shard)] == whole
         except InputError as error:
             assert str(error).startswith(f"{path}")
 
@@ -579,7 +556,7 @@ def test_flipped_bytes_never_lose_a_sample_silently(repair_header: bool, damaged
             for _ in Loader(EvaluationStream(damaged.encoder(), replace(damaged.manifest, shards=[shard]), ["train"],
                                              batch=5, ranks=1, rank=0), 0):  # fmt: skip
                 pass
-            assert len(list(read_shard(damaged.folder, shard))) == 5
+            assert len(list(read_shard(damaged.source, shard))) == 5
         except InputError as error:
             errors += 1
             assert str(error).startswith(str(path))
@@ -593,10 +570,10 @@ def test_a_member_twice_or_a_sample_in_two_places_is_an_error(damaged: Set) -> N
     members = members_of(path)
     write_members(path, [members[0], *members])
     with pytest.raises(InputError, match="damaged after sample 0"):
-        list(read_shard(damaged.folder, shard))
+        list(read_shard(damaged.source, shard))
     write_members(path, [*members[1:], members[0]])
     with pytest.raises(InputError, match="is missing"):
-        list(read_shard(damaged.folder, shard))
+        list(read_shard(damaged.source, shard))
 
 
 def test_compressed_shards_are_refused(damaged: Set) -> None:
@@ -605,7 +582,7 @@ def test_compressed_shards_are_refused(damaged: Set) -> None:
     path = damaged.folder / shard.file
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(InputError, match="damaged after sample 0"):
-        list(read_shard(damaged.folder, shard))
+        list(read_shard(damaged.source, shard))
 
 
 def test_members_that_claim_any_size_are_refused_before_they_are_read(damaged: Set) -> None:
@@ -627,7 +604,7 @@ def test_members_that_claim_any_size_are_refused_before_they_are_read(damaged: S
     ):
         path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + b"x" * 1024)
         with pytest.raises(InputError, match=message):
-            list(read_shard(damaged.folder, shard))
+            list(read_shard(damaged.source, shard))
 
 
 def test_nothing_in_a_shard_is_executed(damaged: Set, tmp_path: Path) -> None:
@@ -648,7 +625,7 @@ def test_nothing_in_a_shard_is_executed(damaged: Set, tmp_path: Path) -> None:
         for extension in ("pkl", "pickle", "pyd", "pth", "pt", "cls", "jpg.pkl", "json.pyd", "npz", "ten", "__key__")
     ]
     write_members(path, [members[0], *hostile, *members[1:]])
-    assert next(sample.key for sample in read_shard(damaged.folder, shard)) == key
+    assert next(sample.key for sample in read_shard(damaged.source, shard)) == key
     read_all(Set(damaged.folder, damaged.manifest))
     assert not trace.exists()
     pickle.loads(payload)
@@ -665,7 +642,7 @@ def test_links_and_paths_in_a_shard_lead_nowhere(damaged: Set, tmp_path: Path) -
         member.type, member.linkname = kind, str(tmp_path / "secret.jpg")
         strangers.append((member, b""))
     write_members(path, [*strangers, *members_of(path)])
-    assert len(list(read_shard(damaged.folder, shard))) == 5
+    assert len(list(read_shard(damaged.source, shard))) == 5
 
 
 # ------------------------------------------------------------------------------------------------------- how it is read
@@ -673,16 +650,16 @@ def test_links_and_paths_in_a_shard_lead_nowhere(damaged: Set, tmp_path: Path) -
 
 def test_each_shard_is_read_once_where_the_window_holds_it(tiny: Set, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
-    original = data.read_shard
+    original = reading.read_shard
 
-    def counted(folder: Path, shard: ShardInfo, first_number: int = 0) -> Iterator[data.RawSample]:
+    def counted(source: ShardSource, shard: ShardInfo, first_number: int = 0) -> Iterator[reading.RawSample]:
         opened[shard.file] += 1
-        return original(folder, shard, first_number)
+        return original(source, shard, first_number)
 
-    monkeypatch.setattr(data, "read_shard", counted)
+    monkeypatch.setattr(reading, "read_shard", counted)
     shards = tiny.manifest.shards_of(["train"])
     numbers = np.random.default_rng(0).permutation(26)
-    read = list(read_in_order(tiny.folder, shards, numbers, horizon=26))
+    read = list(read_in_order(tiny.source, shards, numbers, horizon=26))
     assert [sample.number for sample in read] == numbers.tolist()
     assert opened == {shard.file: 1 for shard in shards}
     opened.clear()
@@ -716,7 +693,7 @@ def test_what_waits_in_memory_is_bounded_on_large_sets(
     opened: Counter[str] = Counter()
     most = 0
 
-    def fake(folder: Path, shard: ShardInfo, first_number: int = 0) -> Iterator[Numbered]:
+    def fake(source: ShardSource, shard: ShardInfo, first_number: int = 0) -> Iterator[Numbered]:
         nonlocal most
         opened[shard.file] += 1
         for number in range(first_number, first_number + samples):
@@ -725,13 +702,15 @@ def test_what_waits_in_memory_is_bounded_on_large_sets(
             most = max(most, len(alive))
             yield sample
 
-    monkeypatch.setattr(data, "read_shard", fake)
+    monkeypatch.setattr(reading, "read_shard", fake)
     infos = [ShardInfo(file=str(n), part="train", samples=samples, bytes=0, sha256="") for n in range(shards)]
     order = epoch_order([samples] * shards, seed=0, epoch=0, global_batch=global_batch, window=window)
     pieces = micro_batches(global_batch, 8, ranks, 0)
     mine = np.concatenate([batch[piece] for batch in order for piece in pieces][0::workers])
     place = 0
-    for sample in read_in_order(Path(), infos, mine, reading_horizon(global_batch, window, ranks * workers)):
+    for sample in read_in_order(
+        LocalSource(Path()), infos, mine, reading_horizon(global_batch, window, ranks * workers)
+    ):
         assert sample.number == mine[place]
         place += 1
     assert place == len(mine)
