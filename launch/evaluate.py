@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError
+from mdnet_dist.program import run_program
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError
+from mdnet_dist.program import run_program
+from mdnet_dist.storage import is_address
 
 
 def main() -> None:
     """Parse the command line, explain, say where the index is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME, or of an exported model")
-    parser.add_argument("sources", type=Path, nargs="+", metavar="IMAGE_OR_SHARDS", help="images, folders, shard sets")
+    parser.add_argument("sources", nargs="+", metavar="IMAGE_OR_SHARDS", help="images, folders, shard sets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--part", default="test", help="of shard sets; default: test")
     parser.add_argument("--keys", nargs="+", default=[], help="only these samples of shard sets")
@@ -27,7 +29,7 @@ def main() -> None:
     if arguments.beam < 1 or arguments.count < 0:
         raise InputError(f"--beam {arguments.beam} must be at least 1, --count {arguments.count} at least 0")
     for source in arguments.sources:
-        if not source.exists():
+        if not is_address(source) and not Path(source).exists():
             raise InputError(f"{source}: no such image, folder or shard set")
 
     from data_shards.prepare import open_image

@@ -12,7 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError, printable
+from mdnet_dist.program import run_program
 
 
 def main() -> None:
@@ -46,9 +47,12 @@ def main() -> None:
     data, parts = open_part(config, card, arguments.part)
     records = data.training_records() if data.train else data.records(parts)
     wordings = wordings_of(query, (report for record in records for report in record.reports), data.encoder)
+    damaged: list[str] = []
     topic, found = find_images(
-        network, card, lambda: data.samples_of(parts), wordings, arguments.topic, arguments.top, device
+        network, card, lambda: data.samples_of(parts, damaged), wordings, arguments.topic, arguments.top, device
     )
+    for message in dict.fromkeys(damaged):
+        print(f"left out: {message}", file=sys.stderr)
 
     name = re.sub(r"[^A-Za-z0-9]+", "-", arguments.query).strip("-")[:60]
     out = arguments.out or arguments.run / "retrieval" / name
@@ -88,7 +92,8 @@ def main() -> None:
         f"'{arguments.query}', taken for the topic {topic}: how probably the network says it, label, what a person says"
     )
     for line, one in zip(lines, found):
-        print(f"{line['rank']:>3}  {one.key:<24} {one.probability:6.3f}  {one.label or '':<24} {one.reference or ''}")
+        shown = f"{line['rank']:>3}  {one.key:<24} {one.probability:6.3f}  {one.label or '':<24} {one.reference or ''}"
+        print(printable(shown))
     print(f"written to  {out}  (retrieval.json, contact_sheet.png)")
 
 

@@ -1,15 +1,19 @@
 """Train an image classifier: `deepspeed launch/train_cifar.py launch/configs/cifar10_ecnet.yaml [key=value ...]`.
 
 With `--sweep concat_depth` one run for each of `--depths`, side by side in one table. The image model, the reader, the
-engine and the tracker are those of `launch/train.py`; the shards come from `python -m data_shards import-cifar`.
+engine, the tracker and `--auto-resume` are those of `launch/train.py`; the shards come from `python -m data_shards
+import-cifar`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.auto_resume import add_options, check_options, run_supervised
+from mdnet_dist.errors import InputError
+from mdnet_dist.program import run_program
 
 
 def depth(text: str) -> Any:
@@ -31,14 +35,19 @@ def main() -> None:
         "--depths", nargs="+", type=depth, metavar="D", help="of the sweep: numbers or full (default: 0 1 full)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the newest run, or sweep, of this name")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
+    add_options(parser)
     arguments = parser.parse_intermixed_args()
+    check_options(arguments)
     if arguments.depths and not arguments.sweep:
         raise InputError("--depths: only with --sweep concat_depth")
+    if arguments.sweep and arguments.auto_resume is not None:
+        raise InputError("--auto-resume: for one run, not with --sweep; a sweep is continued by hand, with --resume")
 
     from mdnet_dist.config import as_yaml, load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.auto_resume is not None:
+        sys.exit(run_supervised(config, arguments, [sys.argv[0], arguments.config, *arguments.overrides]))
 
     from mdnet_dist.console import say
     from mdnet_dist.distributed import leave
@@ -54,7 +63,7 @@ def main() -> None:
         from mdnet_dist.run import run_training
         from mdnet_dist.sweep import top1_error
 
-        result = run_training(config, resume=arguments.resume)
+        result = run_training(config, resume=arguments.resume, folder=arguments.run_folder)
         cost = cost_of(result.data.card.build, config.data.image_size)
         error = top1_error(result)
         scored = "no test part with labels" if error is None else f"{100 * error:.2f} %"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from mdnet_dist.errors import run_program
+from mdnet_dist.program import run_program
 
 
 def main() -> None:

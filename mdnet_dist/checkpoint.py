@@ -2,9 +2,11 @@
 
     RUN/checkpoints/step-00000120/state.safetensors   weights and buffers by name, optimiser tensors as KEY/NAME
     RUN/checkpoints/step-00000120/state.json          `Progress`
+    RUN/checkpoints/step-00000120/SHA256SUMS          of both, as `sha256sum -c` reads them
 
-Both files are written into a folder under another name, synchronised to disk, and the folder is renamed. Nothing in a
-checkpoint is pickled: reading one executes nothing.
+The files are written into a folder under another name, synchronised to disk, and the folder is renamed. Nothing in a
+checkpoint is pickled: reading one executes nothing. One that is damaged later is found by its checksums; training then
+goes on from the one before it.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mdnet_dist.config import first_problem
+from mdnet_dist.console import say
 from mdnet_dist.errors import InputError
+from mdnet_dist.shards import sha256_of
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
 _OPTIMIZER_KEY = "optimizer:"
 _PARTIAL = ".partial"
+_TENSORS, _STATE, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class Progress:
     updates: int  # updates done: steps without those skipped for a loss that is not finite
     bad_steps: int  # skipped in a row just before
     eta_norms: Annotated[list[float], Field(min_length=2, max_length=2)]  # running norms of `eta: balanced`
+    epoch_end_due: bool  # the step was the last of its epoch, and what follows one (validation) is still to be done
     score: float | None  # the validation score at this step, where it was evaluated here
     best_score: float | None  # the best so far
 
@@ -62,8 +68,10 @@ def save_checkpoint(
     # The same step again, after a resume: the same content.
     with _written_aside(folder, replaced=[folder] if folder.exists() else []) as aside:
         tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / _TENSORS)
+        (aside / _STATE).write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        sums = [f"{sha256_of(aside / name)}  {name}\n" for name in (_STATE, _TENSORS)]
+        (aside / _SUMS).write_text("".join(sums), encoding="utf-8")
     return folder
 
 
@@ -165,15 +173,32 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         InputError: missing or damaged.
     """
-    path = checkpoint / "state.json"
+    path = checkpoint / _STATE
     try:
         return TypeAdapter(Progress).validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise InputError(
-            f"{path}: damaged ({first_problem(error)}); delete the folder to use the checkpoint before it"
-        ) from error
+        raise _damaged(path, first_problem(error)) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    return InputError(f"{path}: damaged ({reason})")
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises: InputError: a file is not as it was written."""
+    path = checkpoint / _SUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    for name in (_STATE, _TENSORS):
+        try:
+            if f"{sha256_of(checkpoint / name)}  {name}" not in lines:
+                raise _damaged(checkpoint / name, f"its checksum is not that of {_SUMS}")
+        except OSError as error:
+            raise _damaged(checkpoint / name, error) from error
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
@@ -183,20 +208,55 @@ def load_checkpoint(checkpoint: Path) -> tuple[Progress, dict[str, Tensor], dict
         InputError: missing or damaged.
     """
     progress = read_progress(checkpoint)
-    path = checkpoint / "state.safetensors"
+    path = checkpoint / _TENSORS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete the folder to use the checkpoint before it") from error
+        raise _damaged(path, error) from error
+    _check_sums(checkpoint)
     optimizer_state = {
         key.removeprefix(_OPTIMIZER_KEY): tensors.pop(key) for key in list(tensors) if key.startswith(_OPTIMIZER_KEY)
     }
     return progress, tensors, optimizer_state
 
 
-def best_checkpoint(run_folder: Path) -> Path | None:
-    """The checkpoint with the best validation score, of equal ones the oldest; the last where none was scored."""
-    found = checkpoints(run_folder)
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged ones after it are named and get
+    another name, so that they count as checkpoints no more.
+
+    Raises:
+        InputError: there are some, and all of them are damaged.
+    """
+    damaged: list[Path] = []
+    for path in reversed(checkpoints(run_folder)):
+        if _is_whole(path):
+            for later in damaged:
+                later.rename(later.with_name(f"damaged-{later.name}"))
+            return path
+        damaged.append(path)
+    if damaged:
+        raise InputError(f"{run_folder / FOLDER}: every checkpoint is damaged; start a new run under another name")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is as it was written; one that is not is named."""
+    try:
+        _check_sums(checkpoint)
+        read_progress(checkpoint)
+    except InputError as error:
+        say(f"{error}; the checkpoint is passed over")
+        return False
+    return True
+
+
+def best_checkpoint(run_folder: Path, *, whole: bool = False) -> Path | None:
+    """The checkpoint with the best validation score, of equal ones the oldest; the last where none was scored.
+
+    Args:
+        whole: read them first, and pass over those that are damaged.
+    """
+    found = [path for path in checkpoints(run_folder) if not whole or _is_whole(path)]
     scored = [(score, path) for path in found if (score := _score(path)) is not None]
     if scored:
         return max(scored, key=lambda pair: pair[0])[1]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 from pydantic.fields import FieldInfo
 from yaml.constructor import ConstructorError
 
-from mdnet_dist.errors import InputError, nearest
+from mdnet_dist.errors import InputError, nearest, without_password
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -34,7 +34,12 @@ class Section(BaseModel):
     """A mapping of the YAML file; its fields' docstrings are their documentation (`docs/configuration.md`)."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # a password might be in it
     )
 
 
@@ -55,7 +60,9 @@ class DataConfig(Section):
     """Which samples are read and how they become tensors."""
 
     shards: str
-    """Folder of the shard set (with its manifest.json), as `python -m data_shards` writes it."""
+    """Folder of the shard set (with its manifest.json), as `python -m data_shards` writes it, or the address of one:
+    http://, https://, s3://, gs://, gcs://, az:// or abfs://. Passwords belong into ~/.netrc or the environment: one in
+    the address is refused, for a run keeps its configuration."""
     fold: Count | None = None
     """With a set dealt into F folds: test on this fold, validate on the next (cyclically), train on the others.
     Null for a set with train, val and test."""
@@ -77,6 +84,34 @@ class DataConfig(Section):
     """Loader processes for each rank; 0 reads in the training process."""
     shuffle_window: Positive = 4096
     """Samples, over all ranks, within which the order is shuffled while shards are read in sequence; bounds memory."""
+    cache: str = "runs/shard_cache"
+    """Folder for shards that are read from an address, kept for later runs and shared by all processes of a machine; on
+    a local disk, best. A shard that makes room while it is read keeps its place on the disk until it has been read."""
+    cache_gib: Annotated[float, Field(gt=0.0, le=1e9)] = 32.0
+    """Most GiB in that folder, downloads under way included; those used longest ago make room for others."""
+    remote_timeout_seconds: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
+    """Longest silence in s of a server before a read of an address counts as stalled. Object stores are read 4 MiB at a
+    time, which must come within it."""
+    remote_attempts: Positive = 3
+    """How often a file is read from an address, from its beginning each time, before the shard counts as damaged.
+    Pauses between attempts are 1 s, 2 s, 4 s and so on, 60 s at most."""
+    damaged: Literal["strict", "skip"] = "strict"
+    """strict: what is damaged ends the run, with shard, sample and byte named. skip: it is left out, counted and told.
+    Its places in training hold a blank that adds to no loss, so that all else comes when it would have come; in
+    evaluation it is not scored. A shard that is missing or not what the manifest says is left out whole: which of its
+    bytes are wrong is not known."""
+    most_damaged: Fraction = 0.01
+    """With skip: the share of an epoch's or part's images that may be damaged; one more ends the run. A resumed epoch
+    counts from where it goes on."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> DataConfig:
+        if re.search(r"://[^/\s@]*:[^/\s]*@", self.shards):
+            raise ValueError(
+                f"shards {without_password(self.shards)} was given with a password, which would be written into the "
+                "run's configuration; put it into ~/.netrc"
+            )
+        return self
 
 
 class AugmentConfig(Section):
@@ -487,6 +522,13 @@ class TrainConfig(Section):
     """Best checkpoints by the validation score kept besides."""
     checkpoint_every_epochs: Positive = 1
     """Epochs from one checkpoint to the next; a new best score and the end are saved besides."""
+    checkpoint_every_steps: Count = 0
+    """Steps from one checkpoint to the next inside an epoch, for long epochs; 0: none."""
+    patience_seconds: PositiveFloat = 900.0
+    """Longest time without a step, a scored batch or a checkpoint before a rank counts as hanging and the job ends with
+    code 3."""
+    ledger: bool = False
+    """Write the keys of each step's images into samples.jsonl of the run's folder, for audits."""
 
 
 class EvaluateConfig(Section):

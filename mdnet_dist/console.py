@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from mdnet_dist.distributed import is_first
+from mdnet_dist.errors import printable
 
 
 class Progress:
@@ -36,9 +37,9 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print a line on the first rank, above the progress bar where there is one."""
+    """Print on the first rank, above the progress bar where there is one; a terminal obeys nothing of it."""
     if is_first():
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -62,7 +63,7 @@ def table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float] | None]
         f"{row:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line, widths))
         for row, line in zip(present, cells)
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def duration(seconds: float) -> str:

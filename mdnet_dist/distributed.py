@@ -7,13 +7,14 @@ every rank must call it, in the same order.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mdnet_dist.machine import free_port
 
 T = TypeVar("T")
 
@@ -44,13 +45,6 @@ def prepare_environment() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
-
-
-def free_port() -> int:
-    """A port of this machine that no other job has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def local_device() -> torch.device:
@@ -110,6 +104,15 @@ def raise_together(problem: Exception | None) -> None:
     for found in gather(problem):
         if found is not None:
             raise found
+
+
+def new_store() -> Any:
+    """A store of names and bytes that all ranks see, held by the first; it may be used from any thread. Collective."""
+    host = os.environ["MASTER_ADDR"]
+    store = dist.TCPStore  # type: ignore[attr-defined]
+    held = store(host, 0, is_master=True, wait_for_workers=False) if is_first() else None
+    port = from_first(held.port if held else None)
+    return held or store(host, port, is_master=False)
 
 
 def barrier() -> None:

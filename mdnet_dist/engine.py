@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mdnet_dist.config import RunConfig
 from mdnet_dist.distributed import local_device, prepare_environment, sum_over_ranks, world_size
-from mdnet_dist.errors import InputError
+from mdnet_dist.errors import SUPERVISED, InputError, RankLost
 from mdnet_dist.model.mdnet import Losses, MDNet
 from mdnet_dist.optimizer import STATE_KEYS, PartOptimizer
 from mdnet_dist.plan import accumulation_steps
@@ -56,6 +56,8 @@ def start_processes() -> torch.device:
             if "EADDRINUSE" not in str(error):
                 raise
             port = os.environ["MASTER_PORT"]
+            if SUPERVISED in os.environ:  # the supervisor chose it, and chooses another
+                raise RankLost(f"port {port} was taken by another job meanwhile", speaks=True) from error
             raise InputError(
                 f"port {port} is taken, by another job perhaps; choose one: deepspeed --master_port {int(port) + 1} ..."
             ) from error
@@ -107,7 +109,7 @@ class Engine:
         self.device = device
         self.autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self._zero_stage = config.train.zero_stage
-        self._averages_buffers = device.type == "cpu" and ranks > 1
+        self._averages_statistics = device.type == "cpu" and ranks > 1
         self.optimizer = PartOptimizer(
             {name: part.parameters() for name, part in network.parts().items()}, config.optimizer
         )
@@ -126,6 +128,7 @@ class Engine:
         self._gathered = deepspeed.zero.GatheredParameters
         self._fragments = deepspeed.utils
         self.network: MDNet = self._engine.module
+        self._statistics = [buffer for _, buffer in self._persistent_buffers() if buffer.is_floating_point()]
         self._allocate_optimizer_state()
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -157,17 +160,26 @@ class Engine:
         self.optimizer.skip_next = False
         return apply and self.optimizer.moved and not getattr(self._engine.optimizer, "overflow", False)
 
-    def average_buffers(self) -> None:
-        """Make BatchNorm's running statistics the same on all ranks: their average.
+    # BatchNorm's running statistics move once a step, by the mean over all micro-batches of the global batch: every
+    # micro-batch starts from those of the step before. So they do not depend on how a batch is cut into ranks and
+    # accumulation steps, are the same on all ranks at every step, and stay as they were where a step is skipped.
+
+    def running_statistics(self) -> Tensor:
+        """BatchNorm's running means and variances, one after another, (N)."""
+        return torch.cat([buffer.flatten() for buffer in self._statistics])
+
+    def set_running_statistics(self, values: Tensor) -> None:
+        """Set them. Args: values: as `running_statistics` gives them."""
+        parts = values.split([buffer.numel() for buffer in self._statistics])
+        with torch.no_grad():
+            torch._foreach_copy_(self._statistics, [part.view_as(b) for part, b in zip(parts, self._statistics)])
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """The mean over ranks of how the running statistics change, or of themselves. Collective.
 
         On GPUs SyncBatchNorm keeps them the same; it does not exist on the CPU, where each rank follows its own images.
         """
-        if not self._averages_buffers:
-            return
-        buffers = [buffer for name, buffer in self._persistent_buffers() if buffer.is_floating_point()]
-        flat = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / world_size()
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-            buffer.copy_(mean.view_as(buffer))
+        return sum_over_ranks(values) / world_size() if self._averages_statistics else values
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

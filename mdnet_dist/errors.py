@@ -1,19 +1,13 @@
-"""How a program of this project ends: one line on stderr and an exit code that scripts can rely on.
-
-| code | meaning |
-| --- | --- |
-| 0 | done |
-| 2 | the input or the configuration is wrong (`InputError`); the line names the file, key or sample |
-| 3 | training failed (`TrainingFailed`): a loss that is not finite, a lost rank |
-| 143 | stopped by SIGTERM or SIGUSR1, with a checkpoint written (`Preempted`) |
-"""
+"""What can go wrong, and what is said of it. How programs end for it: `mdnet_dist.program`."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+
+LONGEST_LINE = 2000
+"""Characters of a message: names in files may have any length."""
 
 
 class InputError(Exception):
@@ -26,15 +20,47 @@ class InputError(Exception):
 
 
 def one_line(text: str) -> str:
-    """White space single and control characters spelt out: names in files may hold what a terminal would obey."""
-    single = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in single)
+    """White space single and control characters spelt out: names in files may hold what a terminal would obey.
+
+    The middle of what is longer than `LONGEST_LINE` is left out.
+    """
+    line = printable(" ".join(text.split()))
+    half = LONGEST_LINE // 2 - 3
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+def printable(text: str) -> str:
+    """A text of several lines with all other control characters spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_password(text: str) -> str:
+    """`text` with `user:password@` taken out of every address: for files, messages and parameters."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 class TrainingFailed(Exception):
     """Training cannot go on. The message is one line that says why and what was written."""
 
     exit_code = 3
+
+
+class RankLost(TrainingFailed):
+    """Another rank was killed or hangs: the same job, started again from its last checkpoint, may well succeed."""
+
+    supervised_exit_code = 75  # between a rank and `mdnet_dist.supervisor` alone: start again
+
+    def __init__(self, message: str, *, speaks: bool, linger_seconds: float = 0.0) -> None:
+        """Args:
+        speaks: whether this rank prints it; the first may be the one that is lost.
+        linger_seconds: how long this process is still of use to others when it has.
+        """
+        super().__init__(message)
+        self.speaks, self.linger_seconds = speaks, linger_seconds
+
+
+SUPERVISED = "MDNET_SUPERVISED"
+"""Environment variable that `mdnet_dist.supervisor` sets for its ranks."""
 
 
 class Preempted(Exception):
@@ -48,26 +74,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
-
-
-def run_program(main: Callable[[], None]) -> None:
-    """Run `main` and leave the process with its exit code; expected errors print one line, no traceback.
-
-    With several ranks only the first prints: what one of them finds wrong is raised on all
-    (`mdnet_dist.distributed.raise_together`), and all would say the same line.
-    """
-    try:
-        main()
-    except (InputError, TrainingFailed, Preempted) as error:
-        if os.environ.get("RANK", "0") == "0":
-            line = " ".join(str(error).split())
-            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
-        if (distributed := sys.modules.get("mdnet_dist.distributed")) is not None:
-            distributed.leave()  # a process that ends inside a group of ranks may be aborted, and lose its exit code
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of ours; stop Python from saying so again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

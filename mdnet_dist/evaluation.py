@@ -6,7 +6,7 @@ Shapes: B images, K topics, T tokens, P map positions, N classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdnet_dist.console import say
+from mdnet_dist.damage import DamageCount
 from mdnet_dist.data import Batch
 from mdnet_dist.distributed import gather, is_first, on_first, raise_together
-from mdnet_dist.errors import InputError
+from mdnet_dist.errors import InputError, Preempted
 from mdnet_dist.export import ModelCard
 from mdnet_dist.metrics.calibration import Reliability, fit_temperature, reliability
 from mdnet_dist.metrics.diagnosis import classes_of_conclusions
@@ -100,6 +102,7 @@ class Evaluation:
     metrics: dict[str, float]  # fractions, see `score_reports`; the same on every rank
     predictions: list[Prediction]  # sorted by key; on the first rank, empty on the others
     explained: list[Explained]  # of the first rank's first images
+    damaged: list[str] = field(default_factory=list)  # what is wrong with each image that was not scored
 
 
 def evaluate(
@@ -112,6 +115,8 @@ def evaluate(
     nltk_data: Path | None = None,
     pictures: int = 0,
     queries: Queries | None = None,
+    most_damaged: float = 0.0,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Decode and score this rank's batches, then put all ranks' together. Collective.
 
@@ -121,23 +126,60 @@ def evaluate(
         nltk_data: where WordNet is, for METEOR.
         pictures: for how many of the first rank's images to keep the attention.
         queries: reports by which images are looked for; None does without `recall_at_...`.
+        most_damaged: share of the images that may be damaged and left out (`Batch.damaged`); they are told of, and
+            counted in the metric `damaged`.
+        told_to_stop: asked before each batch.
+
+    Raises:
+        Preempted: some rank was told to stop.
+        InputError: damaged data, or too much of it.
     """
     predictions: list[Prediction] = []
     explained: list[Explained] = []
-    problem: InputError | None = None
+    damaged: list[str] = []
+    problem: InputError | Preempted | None = None
     try:
         for batch in batches:
+            if told_to_stop():
+                raise Preempted("stopped by a signal while scoring; --resume continues")
+            damaged += batch.damaged
+            if not batch.keys:
+                continue
             done, shown = _predict(network, card, batch, device, beam_width, max(0, pictures - len(explained)), queries)
             predictions += done
             explained += shown
-    except InputError as error:
+    except (InputError, Preempted) as error:
         problem = error
     raise_together(problem)
     gathered = sorted(
         (prediction for part in gather(predictions) for prediction in part), key=lambda prediction: prediction.key
     )
+    left_out = [message for part in gather(damaged) for message in part]
+    _tell_damaged(left_out, len(gathered) + len(left_out), most_damaged)
     metrics = on_first(lambda: score(gathered, card, nltk_data, queries))
-    return Evaluation(metrics=metrics, predictions=gathered if is_first() else [], explained=explained)
+    if left_out:
+        metrics["damaged"] = float(len(left_out))
+    return Evaluation(
+        metrics=metrics, predictions=gathered if is_first() else [], explained=explained, damaged=left_out
+    )
+
+
+def _tell_damaged(messages: list[str], images: int, most_damaged: float) -> None:
+    """Say how many images were not scored, and why. Args: messages: one for each of them, of all ranks.
+
+    Raises:
+        InputError: too many, or all.
+    """
+    if not messages:
+        return
+    count = DamageCount(most_damaged)
+    new = count.add(images, messages)
+    count.check()
+    if len(messages) == images:
+        raise InputError(f"all {images} images are damaged, so that none can be scored; first: {messages[0]}")
+    say(f"{len(messages)} of {images} images are damaged and were not scored:")
+    for message in new:
+        say(f"  {message}")
 
 
 def score(
@@ -303,4 +345,4 @@ def recalibrated(evaluation: Evaluation, card: ModelCard) -> Evaluation:
     found = on_first(lambda: reliability_of(predictions))
     explained = [replace(shown, prediction=again(shown.prediction)) for shown in evaluation.explained]
     metrics = evaluation.metrics | ({"ece": found.error} if found else {})
-    return Evaluation(metrics=metrics, predictions=predictions, explained=explained)
+    return replace(evaluation, metrics=metrics, predictions=predictions, explained=explained)

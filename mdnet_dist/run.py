@@ -43,6 +43,7 @@ def run_training(
     resume: bool = False,
     parent_run_id: str | None = None,
     on_validation: OnValidation | None = None,
+    folder: Path | None = None,
 ) -> Result:
     """Train, score, export and log one run. Collective: every rank of the job calls it.
 
@@ -50,15 +51,17 @@ def run_training(
         resume: continue from the run's last checkpoint.
         parent_run_id: MLflow run under which this one is shown.
         on_validation: told of each evaluation of the validation part; may end training.
+        folder: of the run, already made; by default the newest of its name with `resume`, else a new one.
 
     Raises:
         InputError: something the user gave is wrong.
         TrainingFailed: the loss stayed non-finite.
         Preempted: a signal asked to stop; a checkpoint is written.
     """
-    with _tracked_trainer(config, resume, parent_run_id, with_test=True) as (trainer, tracker):
-        trainer.train(tracker, on_validation)
-        result = trainer.finish(tracker)
+    with _tracked_trainer(config, resume, parent_run_id, with_test=True, folder=folder) as (trainer, tracker):
+        with trainer.watched():
+            trainer.train(tracker, on_validation)
+            result = trainer.finish(tracker)
         if is_first():
             _log_results(trainer, result, tracker)
     return result
@@ -77,16 +80,16 @@ def run_trial(
 
     Args, Raises: as `run_training`.
     """
-    with _tracked_trainer(config, resume, parent_run_id, with_test=False) as (trainer, tracker):
+    with _tracked_trainer(config, resume, parent_run_id, with_test=False) as (trainer, tracker), trainer.watched():
         trainer.train(tracker, on_validation)
 
 
 @contextmanager
 def _tracked_trainer(
-    config: RunConfig, resume: bool, parent_run_id: str | None, *, with_test: bool
+    config: RunConfig, resume: bool, parent_run_id: str | None, *, with_test: bool, folder: Path | None = None
 ) -> Iterator[tuple[Trainer, Tracker | None]]:
     """A trainer, and on the first rank its tracker, which learns how it ended."""
-    trainer = Trainer(config, resume=resume, with_test=with_test)
+    trainer = Trainer(config, resume=resume, with_test=with_test, folder=folder)
     tracker = _start_tracking(trainer, resume, parent_run_id)
     status: str = "FAILED"
     try:
@@ -189,7 +192,7 @@ def _explain(trainer: Trainer, test: Evaluation) -> list[str]:
         network,
         card,
         test.predictions,
-        Path(config.data.shards),
+        config.data,
         trainer.data.test,
         folder / EXPLAINED,
         f"Best and worst of {folder.name}, test",

@@ -20,12 +20,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mdnet_dist.config import RunConfig, as_yaml
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluation import Prediction
 from mdnet_dist.shards import write_atomically
+
+if TYPE_CHECKING:  # it wants torch, which a supervisor that looks for a folder does without
+    from mdnet_dist.evaluation import Prediction
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 PICTURES, EXPLAINED, SERVED = "pictures", "explained", "mlflow_model"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from mdnet_dist.distributed import free_port
 from mdnet_dist.errors import InputError
+from mdnet_dist.machine import free_port
 from mdnet_dist.signals import handled_by
 
 STOP_SECONDS = 60.0
@@ -117,7 +117,7 @@ class Running:
         return next(reversed(self._last_lines()), "")
 
     def reason(self) -> str:
-        """Why it failed: the line with which its program ended (`errors.run_program`), else what was printed last."""
+        """Why it failed: the line with which its program ended (`program.run_program`), else what was printed last."""
         own = f"{Path(self.job.arguments[0]).name}: "
         return next((line for line in reversed(self._last_lines()) if line.startswith(own)), self.last_line())
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask a program to stop; SIGHUP: its terminal has gone."""
 
@@ -32,7 +37,10 @@ def handled_by(
 
 
 class StopRequest:
-    """Set by a signal, read once a step; all ranks then agree, because signals reach them one after another."""
+    """Set by a signal, read between steps and between batches that are scored; all ranks then agree.
+
+    Signals reach ranks one after another or only one of them: `mdnet_dist.watch` carries the wish to the others.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -51,7 +59,58 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def launcher_is_gone() -> bool:
+    """Whether the launcher that started this process has ended; False where none did.
+
+    SIGTERM ends DeepSpeed's launcher at once and leaves what it started behind (0.19.8, launcher/runner.py), so that
+    ranks must notice it themselves. Whom to watch is noted at the first call.
+    """
+    launchers = _launchers()
+    if not launchers:
+        return False
+    if os.getppid() != launchers[0]:
+        return True
+    return len(launchers) > 1 and _parent_of(launchers[0]) != launchers[1]
+
+
+@functools.cache
+def _launchers() -> tuple[int, ...]:
+    """Process numbers of who started this process: DeepSpeed's are two, `deepspeed` and one a machine below it."""
+    if "LOCAL_SIZE" not in os.environ:  # set by DeepSpeed's launcher and by `mdnet_dist.supervisor`
+        return ()
+    import psutil
+
+    number = os.getppid()
+    try:
+        parent = psutil.Process(number)
+        by_deepspeed = any("deepspeed.launcher.launch" in word for word in parent.cmdline())
+        return (number, parent.ppid()) if by_deepspeed else (number,)
+    except psutil.Error:  # it has ended since, or is not of this container
+        return (number,)
+
+
+def _parent_of(process: int) -> int | None:
+    import psutil
+
+    try:
+        return int(psutil.Process(process).ppid())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends. Linux only; elsewhere nothing
+    changes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def ignore_in_worker(worker: int) -> None:
-    """Start of a loader process: the signal is for the rank, which still needs its loaders until it has stopped."""
+    """Start of a loader process: the signal is for the rank, which still needs its loaders until it has stopped.
+
+    A rank that is killed takes them with it: they hold copies of its connections, and while these are open the other
+    ranks do not notice.
+    """
+    die_with_parent()
     for number in (*StopRequest.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -45,7 +45,8 @@ from tqdm import tqdm
 
 from mdnet_dist import __version__
 from mdnet_dist.config import TrackingConfig
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError, one_line, without_password
+from mdnet_dist.program import run_program
 from mdnet_dist.shards import write_atomically
 
 METRICS_NAME, RUN_NAME, UNSENT_NAME = "metrics.jsonl", "mlflow_run.json", "mlflow_unsent.jsonl"
@@ -58,6 +59,13 @@ BATCH_OPERATIONS = 200  # handed over together
 # Something to tell the store: {"kind": "metrics" | "parameters" | "tags" | "artifact" | "status", ...}. Plain JSON,
 # because the unsent file holds it. A metrics operation with "once" is left out where the store has that step already.
 Operation = dict[str, Any]
+_FIELDS: dict[str, dict[str, Any]] = {  # of each kind, and their types
+    "metrics": {"step": int, "time_ms": int, "values": dict, "once": bool},
+    "parameters": {"values": dict},
+    "tags": {"values": dict},
+    "artifact": {"path": str, "folder": str},
+    "status": {"status": str, "time_ms": (int, type(None))},
+}
 
 
 # -------------------------------------------------------------------------------------------------- where the store is
@@ -119,11 +127,6 @@ def _checked_uri(uri: str) -> str:
     if path is None or not path.name or path.name == ":memory:":
         raise InputError(f"tracking.uri '{uri}': names no database file; {instead}")
     return _sqlite_uri(path, uri.partition("?")[2])
-
-
-def without_password(text: str) -> str:
-    """`text` with `user:password@` taken out of every URI: for files, messages and parameters."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 # -------------------------------------------------------------------------------------------------- speaking to MLflow
@@ -359,7 +362,7 @@ def _text(value: Any, most_characters: int) -> str:
 
 def say(line: str) -> None:
     """One line on stderr that leaves a progress bar whole."""
-    tqdm.write(f"tracking: {without_password(line)}", file=sys.stderr)
+    tqdm.write(f"tracking: {one_line(without_password(line))}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------- files in the run folder
@@ -369,7 +372,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, all values as floats again; a line that a kill cut off is left out."""
     entries = []
     for entry in _json_lines(path):
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):
             values = {str(name): float(value) for name, value in entry["metrics"].items()}
             entries.append({"step": int(entry["step"]), "time": float(entry["time"]), "metrics": values})
     return entries
@@ -382,8 +385,15 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 def _parse(lines: Iterable[bytes]) -> Iterator[Any]:
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             yield json.loads(line)
+
+
+def _is_operation(found: Any) -> bool:
+    """Whether a line of an unsent file is one: what is none would be tried again for ever."""
+    kind = found.get("kind") if isinstance(found, dict) else None
+    fields = _FIELDS.get(kind) if isinstance(kind, str) else None
+    return fields is not None and all(isinstance(found.get(name), types) for name, types in fields.items())
 
 
 def _as_line(entry: Mapping[str, Any]) -> str:
@@ -414,6 +424,7 @@ class _UnsentFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._outside: set[str] = set()  # artifacts elsewhere that this process has logged
         self.sealed = False  # nothing more may be written
 
     def __bool__(self) -> bool:
@@ -421,10 +432,33 @@ class _UnsentFile:
 
     def read(self) -> list[Operation]:
         """All operations."""
-        return list(_json_lines(self.path))
+        return self._allowed(_json_lines(self.path))
+
+    def _allowed(self, found: Iterable[Any]) -> list[Operation]:
+        """The operations among lines of the file, without files of other folders unless this process has named them.
+
+        A run folder may come from someone else, and what it names is sent to a store that it names, too.
+        """
+        operations = []
+        for operation in filter(_is_operation, found):
+            if operation["kind"] == "artifact" and not self._is_ours(operation["path"]):
+                say(f"{one_line(operation['path']):.200} lies outside {self.path.parent}, so MLflow does not get it")
+            else:
+                operations.append(operation)
+        return operations
+
+    def _is_ours(self, place: str) -> bool:
+        try:
+            path = (self.path.parent / place).resolve()
+            path.exists()  # finds out a name that is too long
+            return place in self._outside or path.is_relative_to(self.path.parent.resolve())
+        except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
+            return False
 
     def append(self, operations: Iterable[Operation], *, last: bool = False) -> None:
         """Keep operations. With `last` the file stays as it is then, even if a thread that hung wakes up."""
+        operations = list(operations)
+        self._outside |= {operation["path"] for operation in operations if operation["kind"] == "artifact"}
         lines = _as_lines(operations)
         with self._lock:
             if lines and not self.sealed:
@@ -446,7 +480,7 @@ class _UnsentFile:
         tried = 0
         with open(self.path, "rb") as file:
             while lines := list(itertools.islice(file, BATCH_OPERATIONS)):
-                operations = list(_parse(lines))
+                operations = self._allowed(_parse(lines))
                 tried += len(operations)
                 try:
                     delivery.deliver(operations)
@@ -743,7 +777,7 @@ def _read_run(run_folder: Path) -> dict[str, str]:
         return {name: str(run[name]) for name in ("uri", "experiment_id", "run_id")}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{run_folder / RUN_NAME}: damaged ({error}); remove it to begin a new MLflow run") from error
 
 

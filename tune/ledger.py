@@ -11,6 +11,7 @@ reports anything.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,10 @@ class Ledger:
                 raise InputError(
                     f"{path}: damaged ({first_problem(error)}); remove it, and the folder beside it, to lose this trial"
                 ) from error
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+            if trial.name != path.stem:  # it names the folder that is read, copied and pruned
+                raise InputError(f"{path}: is called '{trial.name:.80}' inside; give it back the name of its file")
             trial.reports = reports_of(self.run_folder(trial))
             trials.append(trial)
         return sorted(trials, key=lambda trial: trial.number)
@@ -88,7 +93,7 @@ def reports_of(run_folder: Path) -> list[Report]:
     for entry in read_metrics(run_folder / METRICS_NAME):
         metrics: dict[str, float] = entry["metrics"]
         started = entry["time"] if started is None else started
-        if "val/score" in metrics and "progress/epoch" in metrics:
+        if "val/score" in metrics and math.isfinite(metrics.get("progress/epoch", math.nan)):
             reports.append(
                 Report(
                     epoch=int(metrics["progress/epoch"]),

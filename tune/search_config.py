@@ -30,6 +30,7 @@ from mdnet_dist.config import (
     read_yaml,
 )
 from mdnet_dist.errors import InputError, nearest
+from mdnet_dist.storage import absolute
 from mdnet_dist.tracking import tracking_uri
 from tune.population import BETA, ETA, Settings
 from tune.records import Point, describe
@@ -199,7 +200,7 @@ def _laid_over(config: RunConfig, values: Mapping[str, Any], source: str) -> Run
     nested = merged(config.model_dump(mode="json"), over)
     checked = check_config(nested, source)
     result = checked.model_dump(mode="json")
-    result["data"]["shards"] = str(Path(checked.data.shards).absolute())
+    result["data"]["shards"] = absolute(checked.data.shards)
     if pretrained := result["model"]["image"].get("pretrained"):
         result["model"]["image"]["pretrained"] = str(Path(pretrained).absolute())
     if checked.tracking.uri is not None:

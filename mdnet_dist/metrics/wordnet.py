@@ -26,7 +26,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mdnet_dist.errors import InputError, run_program
+from mdnet_dist.errors import InputError
+from mdnet_dist.program import run_program
 
 DEFAULT_FOLDER = Path("runs/nltk_data")
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
