@@ -1,4 +1,4 @@
-# make train | test | quick | ui | lint | format | docs | clean. Everything lives in .venv and runs, both inside the checkout.
+# make train | test | quick | soak | ui | lint | format | docs | clean. Everything lives in .venv and runs, both inside the checkout.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch compiles DeepSpeed operators with the ninja that lies there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test quick ui lint format docs venv clean
+.PHONY: train test quick soak ui lint format docs venv clean
 
 train: venv $(DATA)/manifest.json
 	@$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
@@ -26,6 +26,11 @@ test: venv lint
 	$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
 	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m "not slow" $(PARALLEL)
 	NLTK_DATA=$(CURDIR)/runs/nltk_data $(RUN) -m pytest -m slow -n 2 --dist loadfile --durations 10
+
+# The long versions of what is random: kills, faults, mutated files, epochs. Figures go to runs/soak.
+soak: venv
+	MDNET_SOAK=1 $(RUN) -m pytest tests/test_soak.py tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_checkpoint.py tests/test_damage.py --durations 10
+	@$(RUN) -m tests.soak
 
 quick: venv
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)

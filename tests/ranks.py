@@ -35,9 +35,7 @@ def run_ranks(
     pipes: list[Connection] = []
     for rank in range(ranks):
         receiver, sender = context.Pipe(duplex=False)
-        processes.append(
-            context.Process(target=_run_rank, args=(sender, rank, ranks, port, function, arguments), daemon=True)
-        )
+        processes.append(context.Process(target=_run_rank, args=(sender, rank, ranks, port, function, arguments)))
         processes[-1].start()
         sender.close()
         pipes.append(receiver)
@@ -90,6 +88,9 @@ def _run_rank(
     )
     import torch
 
+    from mdnet_dist.signals import die_with_parent
+
+    die_with_parent()  # not daemons, which may have no loader processes
     torch.set_num_threads(1)
     try:
         sender.send((function(*arguments), None))

@@ -26,7 +26,15 @@ def untrained_run(config: RunConfig, seed: int = 0) -> tuple[Path, ModelCard]:
         torch.manual_seed(seed + step)
         weights = card.build().state_dict()
         weights["class_maps.weight"] *= 20  # else all classes are as probable for every image
-        progress = Progress(step=step, updates=step, bad_steps=0, eta_norms=[0.0, 0.0], score=score, best_score=score)
+        progress = Progress(
+            step=step,
+            updates=step,
+            bad_steps=0,
+            eta_norms=[0.0, 0.0],
+            epoch_end_due=False,
+            score=score,
+            best_score=score,
+        )
         save_checkpoint(folder, progress, weights, {})
     export_model(folder, card, weights)
     return folder, card

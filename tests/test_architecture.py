@@ -24,7 +24,7 @@ SERVED_CODE = "mdnet_dist/served_code.py"
 
 ALONE: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mdnet_dist/engine.py",),
-    "webdataset": ("mdnet_dist/data.py",),
+    "webdataset": ("mdnet_dist/reading.py",),
     # Runs are recorded by one file. A model is packaged by another, and served by a third, which travels with it.
     "mlflow": ("mdnet_dist/tracking.py", "mdnet_dist/served_model.py", SERVED_CODE),
     "ray": ("tune/",),

@@ -27,6 +27,7 @@ from mdnet_dist.checkpoint import (
     checkpoints,
     copy_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     prune_checkpoints,
     read_progress,
     save_checkpoint,
@@ -36,7 +37,15 @@ from tests.conftest import REPOSITORY
 
 
 def progress_at(step: int, score: float | None = None) -> Progress:
-    return Progress(step=step, updates=step - 1, bad_steps=1, eta_norms=[0.25, 1e-300], score=score, best_score=score)
+    return Progress(
+        step=step,
+        updates=step - 1,
+        bad_steps=1,
+        eta_norms=[0.25, 1e-300],
+        epoch_end_due=False,
+        score=score,
+        best_score=score,
+    )
 
 
 def some_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -78,7 +87,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert same(weights, some_weights(120))
     assert same(state, STATE)
     assert names(tmp_path) == ["step-00000120"]
-    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["SHA256SUMS", "state.json", "state.safetensors"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -86,7 +95,9 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
 def test_numbers_come_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, norms: list[float], score: float | None
 ) -> None:
-    progress = Progress(step=3, updates=2, bad_steps=0, eta_norms=norms, score=score, best_score=None)
+    progress = Progress(
+        step=3, updates=2, bad_steps=0, eta_norms=norms, epoch_end_due=False, score=score, best_score=None
+    )
     folder = tmp_path_factory.getbasetemp() / "numbers"
     assert read_progress(save_checkpoint(folder, progress, {}, {})) == progress
 
@@ -172,7 +183,7 @@ KILLS = """
         weights = {name: torch.full((300, 300), float(step)) for name in "abc"}
         score = (step * 7 % 11) / 11
         progress = Progress(
-            step=step, updates=step, bad_steps=0, eta_norms=[0, 0], score=score, best_score=None
+            step=step, updates=step, bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, score=score, best_score=None
         )
         save_checkpoint(run, progress, weights, {"exp_avg/a": weights["a"] + 0})
         prune_checkpoints(run, 2, 1)
@@ -304,7 +315,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         from mdnet_dist.errors import InputError
         run = Path(sys.argv[1])
         small, large = torch.zeros(100_000), torch.zeros(1_000_000)
-        progress = dict(updates=0, bad_steps=0, eta_norms=[0, 0], score=None, best_score=None)
+        progress = dict(updates=0, bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, score=None, best_score=None)
         save_checkpoint(run, Progress(step=1, **progress), {"a": small}, {})
         try:
             save_checkpoint(run, Progress(step=2, **progress), {"a": large}, {})
@@ -493,6 +504,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "three norms": ("state.json", lambda path: edit(path, eta_norms=[1.0, 2.0, 3.0])),
     "norms of text": ("state.json", lambda path: edit(path, eta_norms=["1", "2"])),
     "score is text": ("state.json", lambda path: edit(path, score="good")),
+    "another score": ("state.json", lambda path: edit(path, score=0.99)),
+    "a bit in a tensor": ("state.safetensors", lambda path: flip(path, path.stat().st_size - 3)),
+    "no sums": ("SHA256SUMS", lambda path: path.unlink()),
+    "sums not UTF-8": ("SHA256SUMS", lambda path: path.write_bytes(b"\xff")),
 }
 
 
@@ -505,7 +520,6 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
         load_checkpoint(folder)
     message = str(caught.value)
     assert message.startswith(f"{folder / file}: damaged (")
-    assert message.endswith("; delete the folder to use the checkpoint before it")
     assert "\n" not in message
 
 
@@ -516,6 +530,62 @@ def test_any_cut_is_found(tmp_path: Path) -> None:
         path.write_bytes(content[:cut])
         with pytest.raises(InputError):
             load_checkpoint(path.parent)
+
+
+def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), 1 if len(content) < 1000 else 53):
+            flip(path, place)
+            with pytest.raises(InputError, match=r"damaged \("):
+                load_checkpoint(folder)
+            path.write_bytes(content)
+    load_checkpoint(folder)
+
+
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=save(tmp_path, 7), capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout == "state.json: OK\nstate.safetensors: OK\n"
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_one_before_a_damaged_one_is_used(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound, folder = save(tmp_path, 6), save(tmp_path, 7)
+    file, damage = DAMAGE[name]
+    damage(folder / file)
+    assert newest_checkpoint(tmp_path) == sound
+    line = " ".join(capsys.readouterr().out.split())
+    assert line.startswith(f"{folder}/"), line
+    assert line.endswith("the checkpoint is passed over") and "damaged (" in line
+    # It is kept for whoever wants to look into it, but no longer in the way: not even of pruning.
+    assert names(tmp_path) == ["damaged-step-00000007", "step-00000006"]
+    save(tmp_path, 8)
+    prune_checkpoints(tmp_path, keep_last=1, keep_best=0)
+    assert names(tmp_path) == ["damaged-step-00000007", "step-00000008"]
+    assert newest_checkpoint(tmp_path) == checkpoints(tmp_path)[-1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_in_silence(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "state.safetensors", 200)
+    with pytest.raises(InputError, match="checkpoints: every checkpoint is damaged; start a new run under another"):
+        newest_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_the_best_of_those_that_are_whole(tmp_path: Path) -> None:
+    for step, score in ((10, 0.9), (20, 0.5), (30, 0.6)):
+        save(tmp_path, step, score)
+    flip(tmp_path / "checkpoints" / "step-00000010" / "state.safetensors", 500)
+    best, whole = best_checkpoint(tmp_path), best_checkpoint(tmp_path, whole=True)
+    assert best is not None and best.name == "step-00000010"
+    assert whole is not None and whole.name == "step-00000030"
 
 
 def test_an_old_checkpoint_that_is_damaged_does_not_end_a_sound_run(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from PIL import Image
 from data_shards.import_cifar import IMAGE_BYTES, import_cifar, read_cifar
 from data_shards.plain_pickle import PickledArray, read_plain_pickle
 from data_shards.verify import verify_set
-from mdnet_dist.data import read_shard
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import decode_image, encode_jpeg
+from mdnet_dist.reading import read_shard
 from mdnet_dist.shards import load_manifest
+from mdnet_dist.storage import LocalSource
 from tests.conftest import REPOSITORY, shared_data
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -91,7 +92,7 @@ def stored(folder: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
     manifest, parts = load_manifest(folder), {}
     assert manifest.topics == [] and manifest.vocabulary == []
     for part in manifest.parts:
-        samples = [sample for shard in manifest.shards_of([part]) for sample in read_shard(folder, shard)]
+        samples = [sample for shard in manifest.shards_of([part]) for sample in read_shard(LocalSource(folder), shard)]
         samples.sort(key=lambda sample: sample.key)
         assert all(sample.record.reports == [] for sample in samples)
         parts[part] = [
@@ -174,7 +175,11 @@ def test_a_folder_keeps_its_files(tmp_path: Path) -> None:
     manifest = load_manifest(tmp_path / "set")
     assert manifest.classes == ["cat", "ant"], "in the order of their numbers"
     for part, wanted in files.items():
-        found = [sample for shard in manifest.shards_of([part]) for sample in read_shard(tmp_path / "set", shard)]
+        found = [
+            sample
+            for shard in manifest.shards_of([part])
+            for sample in read_shard(LocalSource(tmp_path / "set"), shard)
+        ]
         assert sorted((str(s.record.label), s.image) for s in found) == sorted(wanted)
 
 

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_shards.prepare import open_image
-from mdnet_dist.data import read_shard
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluation import evaluate
 from mdnet_dist.export import ModelCard
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.predict import answers_of, as_batch, prepare_image, split_answers
 from mdnet_dist.predict_folder import FORMULA_STARTS, check_out, find_images, guarded, predict_folder
+from mdnet_dist.reading import read_shard
 from mdnet_dist.run_data import open_part
 from mdnet_dist.saved import open_model, saved_config
+from mdnet_dist.storage import open_source
 from tests.saved import untrained_run
 from tests.test_train import run
 from tests.tiny import CLASSES, TOPICS, tiny_config, tiny_set
@@ -103,7 +104,7 @@ def test_images_are_prepared_as_evaluation_prepares_them(
     data, parts = open_part(config, card, "test")
     (tmp_path / "images").mkdir()
     for shard in data.manifest.shards_of(parts):
-        for sample in read_shard(Path(config.data.shards), shard):
+        for sample in read_shard(open_source(config.data), shard):
             suffix = "jpg" if sample.image.startswith(b"\xff\xd8") else "png"
             (tmp_path / "images" / f"{sample.key}.{suffix}").write_bytes(sample.image)
     expected = evaluate(network, card, data.evaluation_batches(config, parts, False), device=torch.device("cpu"))

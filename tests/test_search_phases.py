@@ -220,7 +220,9 @@ def train(task: Task, fuse: Fuse) -> Iterator[Report]:
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, "time": 1e9 + step, "metrics": metrics}) + "\n")
         fuse()
-        done = Progress(step=step, updates=step, bad_steps=0, eta_norms=[0.0, 0.0], score=None, best_score=None)
+        done = Progress(
+            step=step, updates=step, bad_steps=0, eta_norms=[0.0, 0.0], epoch_end_due=False, score=None, best_score=None
+        )
         save_checkpoint(folder, done, {"w": torch.tensor(weights, dtype=torch.float64)}, {})
         yield reports_of(folder)[-1]
         if step == task.last_step:
@@ -630,7 +632,9 @@ def test_weights_are_judged_as_they_are_now(searches: Any, tmp_path: Path) -> No
         number = phase._trial(task.name).number
         for step, score in ((3, 0.9 if number == 4 else 0.1), (6, last[number])):
             phase.reported(task.name, Report(epoch=step // 3, step=step, seconds=1.0, metrics={"val/score": score}))
-        done = Progress(step=6, updates=6, bad_steps=0, eta_norms=[0.0, 0.0], score=None, best_score=None)
+        done = Progress(
+            step=6, updates=6, bad_steps=0, eta_norms=[0.0, 0.0], epoch_end_due=False, score=None, best_score=None
+        )
         save_checkpoint(phase.ledger.run_folder(phase._trial(task.name)), done, {"w": torch.tensor(1.0 * number)}, {})
         phase.ended(task.name, "finished", "")
     assert [trial.segments[1].parent for trial in phase.trials] == [None, None, None, "member-03"]

@@ -556,6 +556,7 @@ def test_show_says_when_samples_are_missing(shard_set: Path, tmp_path: Path) -> 
     for samples in (500, 10**30):
         raw = json.loads((shard_set / "manifest.json").read_text())
         raw["shards"][0]["samples"] = samples
+        raw["parts"]["train"]["samples"] = sum(shard["samples"] for shard in raw["shards"] if shard["part"] == "train")
         (shard_set / "manifest.json").write_text(json.dumps(raw))
         with pytest.raises(InputError, match="fewer samples than the manifest says"):
             show_set(shard_set, tmp_path / "a.png")
