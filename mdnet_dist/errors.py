@@ -50,7 +50,7 @@ class RankLost(TrainingFailed):
 
     supervised_exit_code = 75  # between a rank and `mdnet_dist.supervisor` alone: start again
 
-    def __init__(self, message: str, *, speaks: bool, linger_seconds: float = 0.0) -> None:
+    def __init__(self, message: str, *, speaks: bool = True, linger_seconds: float = 0.0) -> None:
         """Args:
         speaks: whether this rank prints it; the first may be the one that is lost.
         linger_seconds: how long this process is still of use to others when it has.

@@ -349,6 +349,7 @@ class Trainer:
             "train/eta": eta,
             "train/gradient_norm_m": report.gradient_norm_m,
             "train/gradient_norm_l": report.gradient_norm_l,
+            "train/skipped_steps": float(self.step - self.updates),
             "speed/images_per_second": images_per_second,
             "speed/data_wait_share": wait_share,
             "speed/peak_memory_gib": peak_memory_gib(self.device),

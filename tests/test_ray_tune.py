@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdnet_dist.errors import InputError
+from mdnet_dist.errors import InputError, RankLost
+from mdnet_dist.watch import Place, lost_ranks
 from tests.conftest import REPOSITORY
 from tune.ray_tune import Resources, _Bridge, _last_line, asha, replay, side_by_side
 from tune.records import Report, TrialRecord
@@ -370,6 +371,13 @@ def test_a_worker_that_died_is_started_again() -> None:
     assert died and reason.startswith("a worker died: [gloo") and "closed by peer" in reason
     assert _explain(ActorDiedError())[1]
     assert _explain(group_error(r0=ActorDiedError()))[1]
+    # What the watch makes of it (`mdnet_dist.watch`), after a journey between processes.
+    here = Place(beat=1, begun=1, what="computing step 1")
+    for places in ({0: here, 1: None}, {0: here, 1: None, 2: None}, {0: here, 1: here}):
+        lost = pickle.loads(pickle.dumps(RankLost(lost_ranks(places), speaks=False)))
+        assert not lost.speaks
+        assert _explain(group_error(r0=lost, r1=gone("killed"))) == ("a worker died: killed", True)
+        assert _explain(group_error(r0=lost))[1]
 
 
 def test_memory_that_ran_out_will_run_out_again() -> None:

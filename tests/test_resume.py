@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def assert_nothing_lost_or_repeated(config: Path, run: Path) -> None:
     history = client.get_metric_history(run_id, "train/loss_m")
     assert [(point.step, point.value) for point in history] == [(step, loss_m) for step, loss_m, _ in losses(run)]
     assert [point.step for point in history] == list(range(1, len(expected) + 1)), "a gap, or a point twice"
+    for name in client.get_run(run_id).data.metrics:
+        steps = [point.step for point in client.get_metric_history(run_id, name)]
+        assert len(set(steps)) == len(steps), f"{name} has a point twice"
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.search_runs(client.get_run(run_id).info.experiment_id, f"run_name = '{run.name}'")) == 1
 
@@ -310,6 +314,37 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_and_many_stop_the_run(
     for line in lines:
         assert line["keys"] == [key for found in by_rank for key in found["read"][line["step"]]]
         assert line["loss_m"] == "nan"
+
+
+def save_often(demo: str, shards: Path, runs: Path) -> tuple[list[float], float]:
+    """How long training waits for each checkpoint of the demo's network, and how large one is in MB."""
+    overrides = [
+        f"data.shards={shards}",
+        f"runs_folder={runs}",
+        "train.global_batch=8",
+        "train.micro_batch=8",
+        f"tracking.uri=sqlite:///{runs}/x.db",
+    ]
+    trainer = Trainer(load_config(demo, overrides))
+    seconds = []
+    for step in range(1, 12):
+        trainer.step = step
+        started = time.monotonic()
+        written = trainer.save(float(step))
+        seconds.append(time.monotonic() - started)
+    trainer.close()
+    return seconds, sum(path.stat().st_size for path in written.iterdir()) / 1e6
+
+
+def test_training_hardly_waits_for_a_checkpoint(tmp_path: Path, shards: Path) -> None:
+    """Gathered, written, synchronised to disk, renamed, the older ones deleted: less than a second at demo size."""
+    demo = str(REPOSITORY / "launch" / "configs" / "demo.yaml")
+    [(seconds, megabytes)] = run_ranks(save_often, 1, demo, shards, tmp_path / "runs")
+    assert megabytes > 3, "both moments of Adam and the momentum of SGD are in it"
+    assert np.median(seconds) < 1.0
+    write_figures(
+        "saving", {"megabytes": megabytes, "seconds": {"median": float(np.median(seconds)), "most": max(seconds)}}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- lines of steps

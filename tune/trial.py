@@ -26,7 +26,9 @@ from tune.verdicts import environment_of, wait_for_verdict
 STRAY_SECONDS = 60.0
 """How long a worker waits for one of an earlier session that still holds the trial's folder."""
 _OUTCOME, _REASON = "outcome", "reason"
-_LOST_ANOTHER = re.compile(r"closed by peer|reset by peer|pair closure|remote process exited")
+_LOST_ANOTHER = re.compile(
+    r"closed by peer|reset by peer|pair closure|remote process exited|no longer answers?|exchange between ranks failed"
+)
 """What gloo and NCCL say on a rank when another one has gone."""
 
 
@@ -181,7 +183,7 @@ def _train(task: Task) -> None:
     import ray.train
     import ray.util
 
-    from mdnet_dist.checkpoint import checkpoints, read_progress
+    from mdnet_dist.checkpoint import newest_checkpoint, read_progress
     from mdnet_dist.config import check_config
     from mdnet_dist.distributed import is_first, on_first
     from mdnet_dist.engine import start_processes
@@ -206,8 +208,8 @@ def _train(task: Task) -> None:
 
     def before() -> tuple[bool, list[Report]]:
         """Whether the trial has begun before, and what it reported up to its last checkpoint."""
-        found = checkpoints(folder)
-        last = read_progress(found[-1]).step if found else 0
+        found = newest_checkpoint(folder)
+        last = read_progress(found).step if found else 0
         return folder.is_dir(), [report for report in reports_of(folder) if report.step <= last]
 
     begun, reports = on_first(before)
