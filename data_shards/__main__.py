@@ -93,11 +93,12 @@ def read_source(arguments: argparse.Namespace) -> Source:
         raise InputError(f"--views {arguments.views}: only the r2gen format has several views; this is {kind}")
     if arguments.patient_regex is not None and kind == "manifest":
         raise InputError("--patient-regex: a manifest names the patient of each image itself")
+    nameless = arguments.pseudonymise is not None
     if kind == "bcidr":
-        return read_bcidr(path if path.is_dir() else path.parent, arguments.patient_regex)
+        return read_bcidr(path if path.is_dir() else path.parent, arguments.patient_regex, nameless=nameless)
     if kind == "r2gen":
-        return read_r2gen(path, arguments.patient_regex, arguments.views)
-    return read_manifest(path)
+        return read_r2gen(path, arguments.patient_regex, arguments.views, nameless=nameless)
+    return read_manifest(path, nameless=nameless)
 
 
 def guess_format(path: Path) -> str:

@@ -31,8 +31,13 @@ PATIENT = r"(\d+_\d+(?=_sub\d)|[A-Za-z]*\d+)_"
 _SENTENCE_END = re.compile(r"\.(?!\d)\s*")
 
 
-def read_bcidr(folder: Path, patient_regex: str | None = None) -> Source:
+def read_bcidr(folder: Path, patient_regex: str | None = None, *, nameless: bool = False) -> Source:
     """Read the annotation files of a folder.
+
+    Args:
+        folder: with these files.
+        patient_regex: from an image's name to its patient.
+        nameless: messages show no name, and files without their folders.
 
     Raises:
         InputError: no annotation file, or one that is not as above.
@@ -43,9 +48,10 @@ def read_bcidr(folder: Path, patient_regex: str | None = None) -> Source:
         path = folder / f"{split}_annotation.json"
         if not path.exists():
             continue
-        annotations = read_json_object(path)
-        for name, annotation in annotations.items():
-            where = f"{path}: '{name:.80}'"
+        annotations = read_json_object(path, path.name if nameless else None)
+        for number, (name, annotation) in enumerate(annotations.items(), start=1):
+            place = f"{path.name}: item {number}"
+            where = place if nameless else f"{path}: '{name:.80}'"
             if not isinstance(annotation, dict):
                 raise InputError(f'{where}: must be {{"caption": [...], "label": 0..3}}')
             label = annotation.get("label")
@@ -61,14 +67,16 @@ def read_bcidr(folder: Path, patient_regex: str | None = None) -> Source:
                     split=split,
                     label=CLASSES[label],
                     reports=[
-                        parse_caption(caption, f"{where}: caption {number}")
-                        for number, caption in enumerate(captions, start=1)
+                        parse_caption(caption, f"{where}: caption {count}")
+                        for count, caption in enumerate(captions, start=1)
                     ],
                     where=where,
+                    place=place,
                 )
             )
     if not entries:
-        raise InputError(f"{folder}: no samples in train_annotation.json, val_annotation.json or test_annotation.json")
+        shown = "the folder" if nameless else folder
+        raise InputError(f"{shown}: no samples in train_annotation.json, val_annotation.json or test_annotation.json")
     return Source(name=folder.resolve().name, root=folder, entries=entries, topics=TOPICS, classes=CLASSES)
 
 
@@ -109,18 +117,19 @@ def make_patient_reader(pattern: str) -> Callable[[str], str]:
     return patient_of
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
+def read_json_object(path: Path, shown: str | None = None) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object. Args: shown: the file in messages, instead of its path.
 
     Raises:
         InputError: it cannot be read, or is something else.
     """
+    where = shown or str(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{where}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        raise InputError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: must be a JSON object, not {type(content).__name__}")
+        raise InputError(f"{where}: must be a JSON object, not {type(content).__name__}")
     return content

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ SPLITS = ("train", "val", "test")
 LONGEST_LINE = 1 << 20  # bytes
 
 
-def read_manifest(path: Path) -> Source:
+def read_manifest(path: Path, *, nameless: bool = False) -> Source:
     """Read a manifest file, or the `manifest.jsonl` of a folder.
+
+    Args:
+        nameless: messages show nothing that a line holds, and the file without its folders.
 
     Raises:
         InputError: no such file, or a line that is not as above; the message has its number.
@@ -34,18 +38,22 @@ def read_manifest(path: Path) -> Source:
         path = path / "manifest.jsonl"
     entries: list[Entry] = []
     ignored: dict[str, None] = {}
-    for number, line in _lines(path):
-        entry, others = parse_line(line, f"{path} line {number}")
+    shown = path.name if nameless else str(path)
+    for number, line in _lines(path, shown):
+        entry, others = parse_line(line, f"{shown} line {number}", nameless=nameless)
+        entry = replace(entry, place=f"{path.name} line {number}")
         entries.append(entry)
         ignored.update(dict.fromkeys(others))
     if not entries:
-        raise InputError(f"{path}: no samples; each line of a manifest is one image")
-    notes = [f"ignored fields: {', '.join(ignored)}"] if ignored else []
-    return Source(name=path.resolve().parent.name, root=path.parent, entries=entries, notes=notes)
+        raise InputError(f"{shown}: no samples; each line of a manifest is one image")
+    return Source(name=path.resolve().parent.name, root=path.parent, entries=entries, ignored=list(ignored))
 
 
-def parse_line(line: bytes, where: str) -> tuple[Entry, list[str]]:
+def parse_line(line: bytes, where: str, *, nameless: bool = False) -> tuple[Entry, list[str]]:
     """Read one line of a manifest.
+
+    Args:
+        nameless: messages show nothing that the line holds.
 
     Returns:
         The entry, and the names of fields that mean nothing here.
@@ -56,7 +64,8 @@ def parse_line(line: bytes, where: str) -> tuple[Entry, list[str]]:
     try:
         fields = json.loads(line, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from error
+        reason = "or a name given twice" if nameless else f"({error})"
+        raise InputError(f"{where}: not valid JSON {reason}") from (None if nameless else error)
     if not isinstance(fields, dict):
         raise InputError(f"{where}: must be a JSON object, not {type(fields).__name__}")
     others = [name for name in fields if name not in FIELDS]
@@ -65,33 +74,36 @@ def parse_line(line: bytes, where: str) -> tuple[Entry, list[str]]:
             known for known in FIELDS if known not in fields and edits(name, known) <= (2 if len(known) > 5 else 1)
         ]
         if meant:
-            raise InputError(f"{where}: unknown field '{name}'; did you mean '{meant[0]}'?")
+            unknown = "an unknown field" if nameless else f"unknown field '{name}'"
+            raise InputError(f"{where}: {unknown}; did you mean '{meant[0]}'?")
     for name in REQUIRED:
         if fields.get(name) is None:
             raise InputError(f"{where}: '{name}' is missing; an image needs {', '.join(REQUIRED)}")
     image = clean_path(fields["image"], "'image'", where)
-    where = f"{where} ({image})"
+    place, where = where, where if nameless else f"{where} ({image})"
     patient = fields["patient"]
     if isinstance(patient, int) and not isinstance(patient, bool):
         patient = str(patient)
     split, label, mask = fields.get("split"), fields.get("label"), fields.get("mask")
     if split is not None and split not in SPLITS:
         hint = nearest(split, SPLITS) if isinstance(split, str) else f"known: {', '.join(SPLITS)}"
-        raise InputError(f"{where}: split {json.dumps(split):.80}; {hint}")
+        shown = "" if nameless else f" {json.dumps(split):.80}"
+        raise InputError(f"{where}: split{shown}; {hint}")
     entry = Entry(
         image=image,
         patient=clean_text(patient, "'patient'", where),
         split=split,
         label=None if label is None else clean_text(label, "'label'", where),
-        reports=parse_reports(fields["reports"], where),
+        reports=parse_reports(fields["reports"], where, nameless=nameless),
         mask=None if mask is None else clean_path(mask, "'mask'", where),
         where=where,
+        place=place,
     )
     return entry, others
 
 
-def parse_reports(value: Any, where: str) -> list[Report]:
-    """Check a list of reports; a topic whose sentence is null is missing.
+def parse_reports(value: Any, where: str, *, nameless: bool = False) -> list[Report]:
+    """Check a list of reports; a topic whose sentence is null is missing. Args: nameless: as for `parse_line`.
 
     Raises:
         InputError: not a list of objects of strings, an empty list, an empty report or sentence.
@@ -104,7 +116,7 @@ def parse_reports(value: Any, where: str) -> list[Report]:
     for number, report in enumerate(value, start=1):
         said = {
             clean_text(topic, f"report {number}: a topic", where): clean_text(
-                sentence, f"report {number}: the sentence on '{topic:.40}'", where
+                sentence, f"report {number}: the sentence on " + ("a topic" if nameless else f"'{topic:.40}'"), where
             )
             for topic, sentence in report.items()
             if sentence is not None
@@ -152,7 +164,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers."""
     try:
         with open(path, "rb") as file:
@@ -160,8 +172,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise InputError(f"{path} line {number}: longer than {LONGEST_LINE:,} bytes; one image is one line")
+                    raise InputError(
+                        f"{shown} line {number}: longer than {LONGEST_LINE:,} bytes; one image is one line"
+                    )
                 if line.strip():
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{shown}: cannot be read ({error.strerror})") from error

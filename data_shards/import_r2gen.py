@@ -21,13 +21,14 @@ PATIENT = r"(CXR\d+)_"
 SPLITS = ("train", "val", "test")
 
 
-def read_r2gen(path: Path, patient_regex: str | None = None, views: str = "first") -> Source:
+def read_r2gen(path: Path, patient_regex: str | None = None, views: str = "first", *, nameless: bool = False) -> Source:
     """Read an annotation file, or the `annotation.json` of a folder.
 
     Args:
         path: file or folder.
         patient_regex: from an id to its patient; wins over `subject_id`.
         views: "first": one sample an item, with its first image; "each": one sample an image.
+        nameless: messages show nothing that the file holds, and the file without its folders.
 
     Raises:
         InputError: no such file, or one that is not as above.
@@ -36,25 +37,28 @@ def read_r2gen(path: Path, patient_regex: str | None = None, views: str = "first
         path = path / "annotation.json"
     patient_of = make_patient_reader(patient_regex or PATIENT)
     folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
-    content = read_json_object(path)
+    shown = path.name if nameless else str(path)
+    content = read_json_object(path, shown)
     for split in content:
         if split not in SPLITS:
-            raise InputError(f"{path}: part '{split:.40}'; {nearest(split, SPLITS)}")
+            raise InputError(f"{shown}: part{'' if nameless else f' {split[:40]!r}'}; {nearest(split, SPLITS)}")
     entries: list[Entry] = []
     for split, items in content.items():
         if not isinstance(items, list):
-            raise InputError(f"{path}: '{split}' must be a list")
+            raise InputError(f"{shown}: '{split}' must be a list")
         for number, item in enumerate(items, start=1):
-            where = f"{path}: {split} item {number}"
+            where = f"{shown}: {split} item {number}"
+            place = f"{path.name}: {split} item {number}"
             if not isinstance(item, dict):
                 raise InputError(f"{where}: must be an object with id, image_path and report")
             identity = item.get("id")
             if isinstance(identity, int) and not isinstance(identity, bool):
                 identity = str(identity)
             identity = clean_text(identity, "'id'", where)
-            where = f"{where} ({identity})"
+            where = where if nameless else f"{where} ({identity})"
             if item.get("split", split) != split:
-                raise InputError(f"{where}: is listed in '{split}' but says split {json.dumps(item['split']):.40}")
+                said = "another" if nameless else f"{json.dumps(item['split']):.40}"
+                raise InputError(f"{where}: is listed in '{split}' but says split {said}")
             paths = item.get("image_path")
             if not isinstance(paths, list) or not paths or not all(isinstance(image, str) and image for image in paths):
                 raise InputError(f"{where}: 'image_path' must be a list of at least one path")
@@ -69,9 +73,10 @@ def read_r2gen(path: Path, patient_regex: str | None = None, views: str = "first
                     label=None,
                     reports=[{TOPIC: report}],
                     where=where,
+                    place=place,
                 )
                 for image in (paths if views == "each" else paths[:1])
             )
     if not entries:
-        raise InputError(f"{path}: no samples")
+        raise InputError(f"{shown}: no samples")
     return Source(name=path.resolve().parent.name, root=folder, entries=entries, topics=[TOPIC])

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_shards.folds import split_off_validation
+from data_shards.identifiers import refuse_identifiers
 from data_shards.prepare import prepare_pixels
 from data_shards.writer import SAMPLES_PER_SHARD, Pixels, PlannedSample, check_patients, write_planned
 from mdnet_dist.errors import InputError
@@ -40,6 +41,7 @@ class Entry:
     label: str | None
     reports: list[Report]
     where: str  # file and line or name, for messages
+    place: str  # the same without a name, for messages on what is pseudonymised
     mask: str | None = None  # as `image`
 
 
@@ -52,7 +54,7 @@ class Source:
     entries: list[Entry]
     topics: list[str] | None = None  # None: in the order of first appearance, the conclusion last
     classes: list[str] | None = None  # None: the labels, sorted
-    notes: list[str] = field(default_factory=list)  # lines for the summary
+    ignored: list[str] = field(default_factory=list)  # fields that mean nothing here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class ImportOptions:
     val_share: float | None = None  # of the training images, set aside for validation where the source does not
     max_side_px: int | None = None
     samples_per_shard: int = SAMPLES_PER_SHARD
-    salt: bytes | None = None  # keys and patients become salted hashes
+    salt: bytes | None = None  # keys and patients become salted hashes, and messages hold no name
     force: bool = False
 
 
@@ -80,13 +82,17 @@ def import_source(source: Source, out: Path, options: ImportOptions) -> tuple[Sh
         InputError: a path that leaves the source's folder, a missing or unreadable file, an image listed twice,
             contradicting options, and all that `write_planned` refuses.
     """
-    notes = list(source.notes)
-    files = [_files(entry, source.root) for entry in source.entries]
-    _refuse_repeats(source.entries, files)
-    keys = make_keys([entry.image for entry in source.entries])
-    entries = source.entries
+    notes = []
+    nameless = options.salt is not None
+    if source.ignored:
+        notes.append(f"ignored fields: {len(source.ignored) if nameless else ', '.join(source.ignored)}")
+    entries = [replace(entry, where=entry.place) for entry in source.entries] if nameless else source.entries
+    files = [_files(entry, source.root, nameless) for entry in entries]
+    _refuse_repeats(entries, files, nameless)
+    keys = make_keys([entry.image for entry in entries])
     if options.salt is not None:
-        refuse_identifiers(entries)
+        topics, classes = options.topics or source.topics or (), options.classes or source.classes or ()
+        refuse_identifiers(entries, options.name, topics, classes)
         keys = [pseudonym(options.salt, "key", entry.image) for entry in entries]
         entries = [replace(entry, patient=pseudonym(options.salt, "patient", entry.patient)) for entry in entries]
     entries, folds = _assign_splits(entries, options, notes)
@@ -95,7 +101,7 @@ def import_source(source: Source, out: Path, options: ImportOptions) -> tuple[Sh
             key=key,
             split=entry.split,
             record=SampleRecord(patient=entry.patient, label=entry.label, reports=entry.reports),
-            load=_loader(image, mask, entry.where, options.max_side_px),
+            load=_loader(image, mask, entry.where, options.max_side_px, nameless),
             where=entry.where,
         )
         for key, entry, (image, mask) in zip(keys, entries, files, strict=True)
@@ -113,26 +119,32 @@ def import_source(source: Source, out: Path, options: ImportOptions) -> tuple[Sh
     return manifest, notes
 
 
-def resolve_inside(root: Path, relative: str, where: str) -> Path:
+def resolve_inside(root: Path, relative: str, where: str, *, nameless: bool = False) -> Path:
     """The file that a path inside a source means.
+
+    Args:
+        nameless: messages do not hold the path.
 
     Raises:
         InputError: the path is absolute, climbs out with "..", or leads out of `root` through a link; or there is no
             such file, or it is not a plain file.
     """
     path = PurePosixPath(relative)
+    shown = "" if nameless else f" '{relative}'" if relative.isprintable() else f" {relative!a:.80}"
     if path.is_absolute() or ".." in path.parts or "\0" in relative:
-        raise InputError(f"{where}: path '{relative}' must be relative and stay inside {root}")
+        raise InputError(f"{where}: path{shown} must be relative and stay inside {_folder(root, nameless)}")
     try:
         found = (root / path).resolve()
         inside = found.is_relative_to(root.resolve())
         is_file = inside and found.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a lone surrogate
-        raise InputError(f"{where}: path '{relative!a:.80}' cannot be read ({type(error).__name__})") from error
+        raise InputError(f"{where}: path{shown} cannot be read ({type(error).__name__})") from (
+            None if nameless else error
+        )
     if not inside:
-        raise InputError(f"{where}: path '{relative}' leads out of {root} through a link")
+        raise InputError(f"{where}: path{shown} leads out of {_folder(root, nameless)} through a link")
     if not is_file:
-        raise InputError(f"{where}: no such file: {root / path}")
+        raise InputError(f"{where}: no such file" + ("" if nameless else f": {root / path}"))
     return found
 
 
@@ -195,42 +207,36 @@ def read_salt(path: Path) -> bytes:
     return salt
 
 
-def refuse_identifiers(entries: Sequence[Entry]) -> None:
-    """Refuse reports and labels in which the patient's or the image's own name occurs; three letters may be chance.
-
-    Raises:
-        InputError: with the place, and without the name.
-    """
-    for entry in entries:
-        names = {name for name in (entry.patient, PurePosixPath(entry.image).stem) if len(name) > 3}
-        texts = [entry.label or "", *(text for report in entry.reports for text in report.values())]
-        for name in names:
-            whole = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
-            if any(whole.search(text) for text in texts):
-                raise InputError(f"{entry.where}: a report or label contains the patient's or the image's name; cut it")
-
-
 def topics_in_order(entries: Sequence[Entry]) -> list[str]:
     """Topics in the order of first appearance; the conclusion last, as reports end with it."""
     seen = dict.fromkeys(topic for entry in entries for report in entry.reports for topic in report)
     return [topic for topic in seen if topic != CONCLUSION] + [topic for topic in seen if topic == CONCLUSION]
 
 
-def _files(entry: Entry, root: Path) -> tuple[Path, Path | None]:
-    image = resolve_inside(root, entry.image, entry.where)
-    return image, None if entry.mask is None else resolve_inside(root, entry.mask, entry.where)
+def _files(entry: Entry, root: Path, nameless: bool) -> tuple[Path, Path | None]:
+    image = resolve_inside(root, entry.image, entry.where, nameless=nameless)
+    if entry.mask is None:
+        return image, None
+    return image, resolve_inside(root, entry.mask, entry.where, nameless=nameless)
 
 
-def _loader(image: Path, mask: Path | None, where: str, max_side_px: int | None) -> Callable[[], Pixels]:
-    return partial(prepare_pixels, image, mask, where, max_side_px)
+def _folder(root: Path, nameless: bool) -> str:
+    return "the source's folder" if nameless else str(root)
 
 
-def _refuse_repeats(entries: Sequence[Entry], files: Sequence[tuple[Path, Path | None]]) -> None:
+def _loader(
+    image: Path, mask: Path | None, where: str, max_side_px: int | None, nameless: bool
+) -> Callable[[], Pixels]:
+    return partial(prepare_pixels, image, mask, where, max_side_px, nameless=nameless)
+
+
+def _refuse_repeats(entries: Sequence[Entry], files: Sequence[tuple[Path, Path | None]], nameless: bool) -> None:
     first: dict[Path, str] = {}
     for entry, (image, _) in zip(entries, files, strict=True):
         if image in first:
             raise InputError(
-                f"{entry.where}: image '{entry.image}' is there twice, first at {first[image]}; "
+                f"{entry.where}: image{'' if nameless else f' {entry.image!r}'} is there twice, first at "
+                f"{first[image]}; "
                 "give all its reports in one place"
             )
         first[image] = entry.where

@@ -27,7 +27,9 @@ _PNG_KEPT = (b"IHDR", b"IDAT", b"IEND")  # and so neither palette nor transparen
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
-def prepare_pixels(image_path: Path, mask_path: Path | None, where: str, max_side_px: int | None = None) -> Pixels:
+def prepare_pixels(
+    image_path: Path, mask_path: Path | None, where: str, max_side_px: int | None = None, *, nameless: bool = False
+) -> Pixels:
     """Read an image file, and its mask where it has one, and turn them into what a shard stores.
 
     Args:
@@ -35,17 +37,21 @@ def prepare_pixels(image_path: Path, mask_path: Path | None, where: str, max_sid
         mask_path: PNG or TIFF, zero outside; of the image's size as it is seen, upright.
         where: for messages.
         max_side_px: shrink larger images, so that their longer side has this many pixels.
+        nameless: messages do not name the files.
 
     Raises:
         InputError: a file that cannot be read or decoded, or a mask of another size.
     """
-    raw = _read(image_path, where)
+    raw = _read(image_path, where, "image" if nameless else None)
     dicom = is_dicom(raw) or image_path.suffix.lower() == ".dcm"
     image = decode_dicom(raw, where) if dicom else decode_image(raw, where, keep_grey=True)
-    mask = None if mask_path is None else decode_mask(_read(mask_path, where), f"{where}: mask {mask_path.name}")
+    shown = "mask" if nameless or mask_path is None else f"mask {mask_path.name}"
+    mask = None
+    if mask_path is not None:
+        mask = decode_mask(_read(mask_path, where, shown if nameless else None), f"{where}: {shown}")
     if mask is not None and mask.shape != (image.height, image.width):
         raise InputError(
-            f"{where}: mask {mask_path.name if mask_path else ''} is {mask.shape[1]} x {mask.shape[0]} pixels and its "
+            f"{where}: {shown} is {mask.shape[1]} x {mask.shape[0]} pixels and its "
             f"image {image.width} x {image.height}; both must be the same size"
         )
     mask_png = None if mask is None else encode_mask(mask)
@@ -157,11 +163,14 @@ def _shows(bare: bytes, image: Image.Image, where: str) -> bool:
     return stored.mode == image.mode and stored.size == image.size and stored.tobytes() == image.tobytes()
 
 
-def _read(path: Path, where: str) -> bytes:
+def _read(path: Path, where: str, shown: str | None = None) -> bytes:
+    """Args: shown: the file in messages, instead of its name."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise InputError(f"{where}: {path.name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read")
+            raise InputError(
+                f"{where}: {shown or path.name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{where}: {path} cannot be read ({error.strerror})") from error
+        raise InputError(f"{where}: {shown or path} cannot be read ({error.strerror})") from error

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data_shards.statistics import StatisticsBuilder
 from data_shards.writer import KEY, Pixels, check_pixels, check_reports
 from mdnet_dist.errors import InputError
+from mdnet_dist.plain_tar import MAX_MEMBER_BYTES, READING_FAILS, PlainTarInfo
 from mdnet_dist.shards import (
     MANIFEST_NAME,
     PartStatistics,
@@ -23,7 +24,6 @@ from mdnet_dist.shards import (
     sha256_of,
 )
 
-MAX_MEMBER_BYTES = 1 << 28
 _MASK = re.compile(r"([a-z0-9_]{1,24})_mask\.png")
 TOLERANCE = 2e-6  # of mean and deviation, which are written with six decimals
 
@@ -99,7 +99,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     key = ""
     members: dict[str, bytes] = {}
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=PlainTarInfo) as tar:
             for member in tar:
                 stem, _, extension = member.name.partition(".")
                 known = extension in ("jpg", "png", "json", "mask.png") or _MASK.fullmatch(extension)
@@ -122,7 +122,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 members[extension] = content.read()
         if members:
             yield key, members
-    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+    except READING_FAILS as error:
         raise InputError(f"{path}: behind sample '{key}': not a readable tar ({error})") from error
 
 

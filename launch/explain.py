@@ -35,7 +35,7 @@ def main() -> None:
     from data_shards.prepare import open_image
     from mdnet_dist.distributed import local_device
     from mdnet_dist.explain_run import explain, explain_sources
-    from mdnet_dist.saved import open_model
+    from mdnet_dist.saved import open_model, saved_config
 
     device = local_device()
     network, card, _ = open_model(arguments.run, arguments.checkpoint, device)
@@ -44,6 +44,7 @@ def main() -> None:
         card,
         arguments.sources,
         open_image,
+        data_of=lambda shards: saved_config(arguments.run, card, shards).data,
         part=arguments.part,
         keys=arguments.keys,
         count=arguments.count or None,

@@ -35,6 +35,7 @@ def main() -> None:
     from mdnet_dist.figures import draw_contact_sheet
     from mdnet_dist.retrieval import find_images, query_tokens, wordings_of
     from mdnet_dist.run_data import open_part
+    from mdnet_dist.run_folder import refuse_links
     from mdnet_dist.saved import open_model, saved_config
     from mdnet_dist.shards import write_atomically
 
@@ -67,6 +68,7 @@ def main() -> None:
         }
         for rank, one in enumerate(found, start=1)
     ]
+    refuse_links(out, arguments.out or arguments.run)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -49,6 +49,7 @@ class Progress:
     bad_steps: int  # skipped in a row just before
     eta_norms: Annotated[list[float], Field(min_length=2, max_length=2)]  # running norms of `eta: balanced`
     epoch_end_due: bool  # the step was the last of its epoch, and what follows one (validation) is still to be done
+    sequence: dict[str, int | str]  # what the order of the training images follows from: a resumed run must have it too
     score: float | None  # the validation score at this step, where it was evaluated here
     best_score: float | None  # the best so far
 
@@ -65,8 +66,7 @@ def save_checkpoint(
         InputError: it cannot be written: a full disk, a folder that is read-only or not a folder.
     """
     folder = run_folder / FOLDER / _step_name(progress.step)
-    # The same step again, after a resume: the same content.
-    with _written_aside(folder, replaced=[folder] if folder.exists() else []) as aside:
+    with _written_aside(folder) as aside:
         tensors = {**weights, **{_OPTIMIZER_KEY + key: value for key, value in optimizer_state.items()}}
         save_file({key: value.contiguous() for key, value in tensors.items()}, aside / _TENSORS)
         (aside / _STATE).write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
@@ -76,12 +76,15 @@ def save_checkpoint(
 
 
 @contextmanager
-def _written_aside(folder: Path, replaced: Sequence[Path]) -> Iterator[Path]:
+def _written_aside(folder: Path, deleted: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write a checkpoint into, which gets its name when it is whole and on disk.
+
+    One that has this name already (the same step again, after a resume) is moved away and deleted afterwards; a kill
+    between the two is mended by `_clean_up`.
 
     Args:
         folder: what it is called then.
-        replaced: checkpoints that are deleted just before.
+        deleted: other checkpoints that are deleted just before.
 
     Raises:
         InputError: it cannot be written.
@@ -93,10 +96,13 @@ def _written_aside(folder: Path, replaced: Sequence[Path]) -> Iterator[Path]:
         yield aside
         for path in (*aside.iterdir(), aside):
             _synchronise(path)
-        for checkpoint in replaced:
+        for checkpoint in deleted:
             _delete(checkpoint)
+        if folder.exists():
+            folder.rename(_replaced(folder))
         aside.rename(folder)
         _synchronise(folder.parent)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{folder}: cannot be written ({reason}); make room there, then --resume") from error
@@ -109,8 +115,17 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{_PARTIAL}")
 
 
+def _replaced(folder: Path) -> Path:
+    """What a checkpoint is called while another takes its place."""
+    return folder.with_name(f".{folder.name}.replaced{_PARTIAL}")
+
+
 def _clean_up(folder: Path) -> None:
-    """Remove what a writer left that was killed; there is one writer to a run."""
+    """Put back and remove what a writer left that was killed; there is one writer to a run."""
+    for path in folder.glob(f".step-*.replaced{_PARTIAL}"):
+        name = folder / path.name.removeprefix(".").removesuffix(f".replaced{_PARTIAL}")
+        if not name.exists():
+            path.rename(name)
     for path in folder.glob(f".step-*{_PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -152,8 +167,8 @@ def copy_checkpoint(checkpoint: Path, run_folder: Path) -> Path:
         InputError: it cannot be written.
     """
     folder = run_folder / FOLDER / checkpoint.name
-    later = [path for path in checkpoints(run_folder) if _step_of(path) >= _step_of(checkpoint)]
-    with _written_aside(folder, replaced=later) as aside:
+    later = [path for path in checkpoints(run_folder) if _step_of(path) > _step_of(checkpoint)]
+    with _written_aside(folder, deleted=later) as aside:
         for path in checkpoint.iterdir():
             shutil.copyfile(path, aside / path.name)
     return folder
@@ -225,18 +240,30 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     another name, so that they count as checkpoints no more.
 
     Raises:
-        InputError: there are some, and all of them are damaged.
+        InputError: there are some, and all of them are damaged; or their folder is read-only.
     """
     damaged: list[Path] = []
-    for path in reversed(checkpoints(run_folder)):
-        if _is_whole(path):
-            for later in damaged:
-                later.rename(later.with_name(f"damaged-{later.name}"))
-            return path
-        damaged.append(path)
+    try:
+        _clean_up(run_folder / FOLDER)
+        for path in reversed(checkpoints(run_folder)):
+            if _is_whole(path):
+                for later in damaged:
+                    _set_aside(later)
+                return path
+            damaged.append(path)
+    except OSError as error:
+        raise InputError(f"{run_folder / FOLDER}: cannot be written ({error.strerror}); make it writable") from error
     if damaged:
         raise InputError(f"{run_folder / FOLDER}: every checkpoint is damaged; start a new run under another name")
     return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Give a damaged checkpoint a name under which whoever wants to look into it finds it."""
+    aside, number = checkpoint.with_name(f"damaged-{checkpoint.name}"), 2
+    while aside.exists():
+        aside, number = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}"), number + 1
+    checkpoint.rename(aside)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 from pydantic.fields import FieldInfo
 from yaml.constructor import ConstructorError
 
-from mdnet_dist.errors import InputError, nearest, without_password
+from mdnet_dist.errors import InputError, nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -53,6 +53,13 @@ def chosen_by(key: str, default: str | None) -> Discriminator:
     )
 
 
+def _holds_password(address: str) -> bool:
+    """Whether an address may hold `user:password@`. A password may have a slash or @ in it, so that the end of its
+    server's name tells nothing; in http, a colon and an @ behind it in the path count as one as well. Object stores
+    have such paths, and none but `KEY:SECRET@` before their first slash."""
+    return bool(re.search(r"(?i)https?://[^@]*:.*@|://[^/@]*:.*@", address, re.DOTALL))
+
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -76,7 +83,7 @@ class DataConfig(Section):
     sentences: Literal["topics", "report"] = "topics"
     """topics: the network says a sentence on each topic. report: it says one sentence for the whole report, the topics'
     sentences joined in the set's order with the conclusion last; the conclusion is then read off its end."""
-    max_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 40
+    max_tokens: Annotated[int, Field(ge=2, le=4096)] = 40
     """Longest sentence in tokens, its end token included; longer ones are cut in training and counted at the start."""
     min_word_count: Positive = 1
     """Words that occur less often in the training parts become <unk>."""
@@ -92,9 +99,11 @@ class DataConfig(Section):
     remote_timeout_seconds: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
     """Longest silence in s of a server before a read of an address counts as stalled. Object stores are read 4 MiB at a
     time, which must come within it."""
-    remote_attempts: Positive = 3
-    """How often a file is read from an address, from its beginning each time, before the shard counts as damaged.
-    Pauses between attempts are 1 s, 2 s, 4 s and so on, 60 s at most."""
+    remote_patience_seconds: Annotated[float, Field(ge=0.0, le=604800.0)] = 600.0
+    """How long in s a read of an address that fails in a way that may pass (nobody answers, a connection breaks, an
+    error 5xx) is tried again, from the file's beginning each time, before the shard counts as damaged. Pauses are 1 s,
+    2 s, 4 s and so on, 60 s at most. Keep it, with remote_timeout_seconds, below train.patience_seconds, which such a
+    wait counts against. Bytes that differ from the manifest are asked for three times, whatever this says."""
     damaged: Literal["strict", "skip"] = "strict"
     """strict: what is damaged ends the run, with shard, sample and byte named. skip: it is left out, counted and told.
     Its places in training hold a blank that adds to no loss, so that all else comes when it would have come; in
@@ -106,10 +115,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _no_password(self) -> DataConfig:
-        if re.search(r"://[^/\s@]*:[^/\s]*@", self.shards):
+        if "://" in self.shards and re.search(r"[?#\s]", self.shards):  # ?token=..., and no file name can be added
+            raise ValueError("shards was given as an address with ?, # or a blank; give that of the set's folder alone")
+        if _holds_password(self.shards):
             raise ValueError(
-                f"shards {without_password(self.shards)} was given with a password, which would be written into the "
-                "run's configuration; put it into ~/.netrc"
+                "shards was given with a password, which would be written into the run's configuration; put it into "
+                "~/.netrc (in the path of an http address, @ is written %40)"
             )
         return self
 
@@ -551,9 +562,22 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking URI; null: MLFLOW_TRACKING_URI where set, else sqlite at runs/mlflow.db of the checkout."""
+    """Tracking URI; null: MLFLOW_TRACKING_URI where set, else sqlite at runs/mlflow.db of the checkout. One with a
+    password is refused, for a run keeps its configuration; it belongs into MLFLOW_TRACKING_URI, or user and password
+    into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "mdnet"
     """MLflow experiment that the run belongs to."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> TrackingConfig:
+        uri = self.uri or ""
+        if _holds_password(uri) or re.search(r"(?i)^https?:[^?#]*[?#]|[?&#;].*(passw|pwd|token|secret)", uri):
+            raise ValueError(
+                "uri was given with a password, which would be written into the run's configuration; put it into the "
+                "environment variable MLFLOW_TRACKING_URI instead, or user and password into MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -975,7 +999,8 @@ def first_problem(error: ValidationError) -> str:
     """The first thing that pydantic found wrong in a file of ours, with its place there."""
     detail = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, detail["loc"]))
-    return f"{place}: {detail['msg']}" if place else detail["msg"]
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def describe_field(section: type[Section], name: str) -> str:

@@ -10,6 +10,7 @@ Shapes: B images, R reports, K topics, T tokens, S px the side of an image.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mdnet_dist.augment import augment
 from mdnet_dist.config import AugmentConfig, DataConfig
-from mdnet_dist.errors import InputError
+from mdnet_dist.errors import InputError, LoaderLost
 from mdnet_dist.images import decode_image, decode_mask, fit_to_square
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
@@ -298,6 +299,9 @@ class EvaluationStream(IterableDataset):
             yield self.encoder.collate(samples, images, [sample.record.reports for sample in samples], damaged)
 
 
+HEARING_SECONDS = 1.0
+
+
 class Loader:
     """Reads a stream of batches ahead of time in processes of its own, and raises their errors here as they were."""
 
@@ -311,8 +315,21 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        items = iter(self._loader)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except (OSError, EOFError) as error:
+                if "in DataLoader worker process" in str(error):  # raised there, and handed on
+                    raise
+                # What a worker had to give was fetched from it when it was killed. torch raises an error of its own
+                # when it hears of that: better here than in the midst of what follows.
+                time.sleep(HEARING_SECONDS)
+                raise LoaderLost("a loader process has ended") from error
             if isinstance(item, InputError):
+                del items  # else the error's traceback keeps the loader processes
                 raise item
             yield item
 

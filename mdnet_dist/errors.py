@@ -35,8 +35,11 @@ def printable(text: str) -> str:
 
 
 def without_password(text: str) -> str:
-    """`text` with `user:password@` taken out of every address: for files, messages and parameters."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
+    """`text` with `user:password@` taken out of every address: for files, messages and parameters.
+
+    A password may hold a slash; then all is taken out up to the last @ of the word.
+    """
+    return re.sub(r"(?<=://)(?:[^/\s@\"']*:[^\s\"']*|[^/\s]+)@", "", text)
 
 
 class TrainingFailed(Exception):
@@ -57,6 +60,10 @@ class RankLost(TrainingFailed):
         """
         super().__init__(message)
         self.speaks, self.linger_seconds = speaks, linger_seconds
+
+
+class LoaderLost(RuntimeError):
+    """A process that reads data was killed."""
 
 
 SUPERVISED = "MDNET_SUPERVISED"

@@ -29,7 +29,7 @@ from mdnet_dist.explain_run import explain_best_and_worst
 from mdnet_dist.metrics.reports import confusion_matrices
 from mdnet_dist.run import draw_evaluation
 from mdnet_dist.run_data import RunData, open_part
-from mdnet_dist.run_folder import EXPLAINED, METRICS, PICTURES, PREDICTIONS, write_scores
+from mdnet_dist.run_folder import EXPLAINED, METRICS, PICTURES, PREDICTIONS, refuse_links, write_scores
 from mdnet_dist.saved import open_model, saved_config
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.storage import last_name
@@ -79,7 +79,7 @@ def evaluate_run(request: Request) -> Result:
     out = request.out or request.default_out
     beam_width = request.beam_width or config.evaluate.beam_width
     nltk_data = Path(config.runs_folder) / "nltk_data"
-    on_first(lambda: _make(out))
+    on_first(lambda: _make(out, request.out or request.run))
     images = sum(data.manifest.parts[part].samples for part in parts)
     weights = "exported model" if step is None else f"checkpoint of step {step}"
     say(
@@ -118,7 +118,9 @@ def evaluate_run(request: Request) -> Result:
     return Result(folder=out, metrics=metrics, test=evaluation, data=data, nltk_data=nltk_data)
 
 
-def _make(out: Path) -> None:
+def _make(out: Path, base: Path) -> None:
+    for folder in (out / PICTURES, out / EXPLAINED):
+        refuse_links(folder, base)
     try:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:

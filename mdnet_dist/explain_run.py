@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.predict import Decoder, answer_files, answers_of, as_batch, prepare_image, prepare_mask, split_answers
 from mdnet_dist.predict_folder import find_images, inside
 from mdnet_dist.reading import RawSample, sound_samples
+from mdnet_dist.run_folder import file_name_of, refuse_links
 from mdnet_dist.shards import MANIFEST_NAME, write_atomically
 from mdnet_dist.storage import is_address, open_source, place_of_set
 
@@ -42,7 +42,7 @@ def explain(
     try:
         out.mkdir(parents=True, exist_ok=True)
         for shown in tqdm(explanations, total=total, unit="image", disable=None):
-            name = _file_name(shown.key, taken)
+            name = file_name_of(shown.key, taken)
             answer = shown.answer
             draw_report(
                 shown.image,
@@ -87,9 +87,13 @@ def explain_best_and_worst(
 
     Returns:
         their keys, as `best_and_worst` orders them.
+
+    Raises:
+        InputError: as `explain`, or `out` is a link: it is named by a run and not by the user.
     """
     keys = best_and_worst(predictions, count)
     if keys:
+        refuse_links(out, out.parent)
         samples = _samples(data, parts, keys, None)
         explain(card, explain_samples(network, card, samples, device=device, beam_width=beam_width), out, title)
     return keys
@@ -107,23 +111,13 @@ def best_and_worst(predictions: Sequence[Prediction], count: int) -> list[str]:
     return [key for key in ranked if key in chosen]
 
 
-def _file_name(key: str, taken: set[str]) -> str:
-    """A key as a plain file name that no other image has, whatever a file system makes of case."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:80] or "image"
-    name, number = plain, 1
-    while name.lower() in taken:
-        number += 1
-        name = f"{plain}-{number}"
-    taken.add(name.lower())
-    return name
-
-
 def explain_sources(
     network: MDNet,
     card: ModelCard,
     sources: Sequence[Path | str],
     decoder: Decoder,
     *,
+    data_of: Callable[[str], DataConfig] = lambda shards: DataConfig(shards=shards),
     part: str = "test",
     keys: Sequence[str] = (),
     count: int | None = None,
@@ -136,6 +130,7 @@ def explain_sources(
 
     Args:
         sources: paths; addresses of shard sets are text.
+        data_of: how the shard set at a place is read.
         part: of shard sets.
         keys: only these samples of shard sets.
         count: of each folder or shard set, at most.
@@ -145,7 +140,7 @@ def explain_sources(
     """
     for source in sources:
         if is_address(str(source)) or (Path(source) / MANIFEST_NAME).is_file():
-            samples = _samples(DataConfig(shards=str(source)), [part], keys, count)
+            samples = _samples(data_of(str(source)), [part], keys, count)
             yield from explain_samples(network, card, samples, device=device, beam_width=beam_width)
             continue
         source = Path(source)
@@ -175,6 +170,8 @@ def _samples(data: DataConfig, parts: Sequence[str], keys: Sequence[str], count:
         wanted.discard(sample.key)
         found += 1
         yield sample
+        if keys and not wanted:
+            return  # the shards behind it hold nothing that was asked for
     if wanted:
         raise InputError(f"{place_of_set(data)}: part '{', '.join(parts)}' has no sample '{min(wanted)}'")
 

@@ -27,8 +27,10 @@ from mdnet_dist.vocabulary import SPECIAL_WORDS, Vocabulary
 
 FORMAT_VERSION = 2
 WEIGHTS, CARD = "model.safetensors", "model.json"
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Means = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]
 """A number for each of red, green and blue."""
+Deviations = Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=3, max_length=3)]
+"""As means. Pixels are divided by them; those of training are at least 0.01 (`mdnet_dist.data.image_statistics`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ class ModelCard:
     classes: list[str]
     words: list[str]  # without the special ones
     conclusions: dict[str, dict[str, int]]  # {class: {conclusion sentence: times in training}}
-    image_mean: Channels  # of the training part, per channel, pixels scaled to 0..1
-    image_std: Channels
+    image_mean: Means  # of the training part, per channel, pixels scaled to 0..1
+    image_std: Deviations
     joined: list[str] = field(default_factory=list)  # where a report is one sentence: people's topics, in its order
     temperature: Annotated[float, Field(gt=0)] = 1.0  # logits of M are divided by it before they become probabilities
     intended_use: str = "research only, not diagnosis"
@@ -145,7 +147,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[MDNet,
     """The network of a finished run, in evaluation mode.
 
     Raises:
-        InputError: a file is missing or damaged, or the weights do not fit the card.
+        InputError: a file is missing or damaged, the weights do not fit the card, or they are not finite.
     """
     card = load_card(folder)
     path = folder / WEIGHTS
@@ -160,4 +162,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[MDNet,
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: does not fit {CARD} ({reason:.200}); export it again") from error
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: '{name}' holds numbers that are not finite; export it again")
     return network.to(device).eval(), card

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -42,12 +43,21 @@ def run_program(main: Callable[[], None]) -> None:
         if (distributed := sys.modules.get("mdnet_dist.distributed")) is not None:
             distributed.leave()  # a process that ends inside a group of ranks may be aborted, and lose its exit code
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if (reason := _lost(error)) is None:
+            raise
+        end_without_the_others(RankLost(reason))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error of ours; stop Python from saying so again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _say(InputError(f"{error.filename or 'a file'}: {error.strerror}; make room there and start again"))
+        sys.exit(InputError.exit_code)
 
 
 def end_without_the_others(error: RankLost) -> NoReturn:
@@ -59,9 +69,21 @@ def end_without_the_others(error: RankLost) -> NoReturn:
     os._exit(error.supervised_exit_code if SUPERVISED in os.environ else error.exit_code)
 
 
+def _lost(error: RuntimeError) -> str | None:
+    """What is lost where an error says that a process is; None where it says something else."""
+    if "mdnet_dist.distributed" not in sys.modules:  # then there is none
+        return None
+    from mdnet_dist.watch import is_killed_loader, is_lost_peer
+
+    if is_killed_loader(error):
+        return "a loader process was killed, for want of memory perhaps"
+    return "another rank has ended meanwhile, or its machine is lost" if is_lost_peer(error) else None
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """What a signal does while nothing is being trained: there is nothing to save."""
     if os.environ.get("RANK", "0") == "0":
-        _say(Preempted("stopped by a signal"))
+        _say(Preempted("stopped by a signal, while nothing was being trained"))
     sys.exit(Preempted.exit_code)
 
 

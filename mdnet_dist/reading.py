@@ -16,13 +16,13 @@ from webdataset.tariterators import group_by_keys
 
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import decode_image, decode_mask
+from mdnet_dist.plain_tar import MAX_MEMBER_BYTES, READING_FAILS, PlainTarInfo
+from mdnet_dist.shard_cache import CacheError
 from mdnet_dist.shards import SampleRecord, ShardInfo, parse_record
 from mdnet_dist.storage import ShardSource
 
 MEMBERS = {"jpg", "png", "json", "mask.png"}
 """The members of a sample that are read; nothing is ever unpickled or executed."""
-MAX_MEMBER_BYTES = 1 << 28
-"""A member that claims more is refused before it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def scan_shard(source: ShardSource, shard: ShardInfo, first_number: int = 0) -> 
                 if found > shard.samples:
                     break
                 yield _raw_sample(members, place, first_number + found - 1)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        except READING_FAILS as error:
             # WebDataset adds arguments of its own to an error, which its text would show.
             reason = (isinstance(error, OSError) and error.strerror) or (error.args or [type(error).__name__])[0]
             raise InputError(f"{place}: damaged after sample {found}, {at} ({reason}); copy the shard again") from error
@@ -103,9 +103,10 @@ def _members(file: BinaryIO, place: str, at: _Position) -> Iterator[dict]:
     """The members of a shard that are read, as `group_by_keys` takes them; `__url__` is where their sample begins.
 
     WebDataset's own tar reader also unpacks compressed files and sparse members, with which a few bytes fill any
-    memory; this one refuses both. And it takes a header that is damaged or cut off for the end of the file.
+    memory; this one refuses both, and headers without end (`PlainTarInfo`). And it takes a header that is damaged or
+    cut off for the end of the file.
     """
-    tar = tarfile.open(fileobj=file, mode="r|")  # noqa: SIM115 - it owns nothing but `file`
+    tar = tarfile.open(fileobj=file, mode="r|", tarinfo=PlainTarInfo)  # noqa: SIM115 - it owns nothing but `file`
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # else they pile up
         at.byte = tar.offset
@@ -163,6 +164,9 @@ class Skipping:
 
         So no sample depends on how far a rank or a loader process has read. What was found to be wrong is looked at
         again the next time: a share or a server that was away may have come back.
+
+        Raises:
+            CacheError: the folder for downloaded shards cannot be used, which is no fault of a shard.
         """
         if shard.file in self._left_out:
             return self._left_out[shard.file]
@@ -170,6 +174,8 @@ class Skipping:
             try:
                 for _ in scan_shard(source, shard):
                     pass
+            except CacheError:
+                raise
             except InputError as error:
                 return str(error)
             self._sound.add(shard.file)
@@ -226,6 +232,7 @@ def sound_samples(
 
     Raises:
         InputError: without `skipping`, as `read_shard`.
+        CacheError: with it, too, as `Skipping.reason_to_leave_out`.
     """
     damaged = [] if damaged is None else damaged
     for shard in shards:
@@ -263,6 +270,7 @@ def read_in_order(
 
     Raises:
         InputError: without `skipping`, as `read_shard`.
+        CacheError: with it, too, as `Skipping.reason_to_leave_out`.
     """
     counts = np.array([shard.samples for shard in shards])
     first = np.cumsum(counts) - counts
@@ -299,7 +307,7 @@ def read_in_order(
                 for _ in streams.pop(shard):
                     pass
         except InputError as error:
-            if skipping is None:
+            if skipping is None or isinstance(error, CacheError):
                 raise
             broken[shard] = str(error)
         if number in waiting:

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import gc
 import hashlib
+import itertools
 import os
 import queue
 import re
@@ -24,7 +25,8 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from mdnet_dist.config import DataConfig
-from mdnet_dist.errors import InputError, without_password
+from mdnet_dist.console import say
+from mdnet_dist.errors import InputError, one_line, without_password
 from mdnet_dist.shard_cache import ShardCache
 from mdnet_dist.shards import MANIFEST_NAME, ShardInfo, ShardManifest, parse_manifest
 
@@ -44,6 +46,7 @@ BLOCK_BYTES = 1 << 22
 """Read at once. An object store must deliver one within data.remote_timeout_seconds; http is read as it comes."""
 BLOCKS_AHEAD = 4
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+WRONG_BYTES_ATTEMPTS = 3
 
 T = TypeVar("T")
 
@@ -56,6 +59,13 @@ class _Failed(Exception):
         self.again = again
 
 
+class _WrongBytes(_Failed):
+    """A file was read, but is not what the manifest says. On the way it may have been damaged; twice, hardly."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; copy it again", again=True)
+
+
 class RemoteSource:
     """A `mdnet_dist.storage.ShardSource` at an address."""
 
@@ -64,9 +74,9 @@ class RemoteSource:
         self._address = config.shards.rstrip("/")
         self._scheme = _checked_scheme(config.shards)
         self._shown = without_password(self._address)
-        self._timeout_seconds, self._attempts = config.remote_timeout_seconds, config.remote_attempts
+        self._timeout_seconds, self._patience_seconds = config.remote_timeout_seconds, config.remote_patience_seconds
         # Who would be refused where another succeeds, by password or patience, must not share the other's failure.
-        same = f"{self._address} {self._timeout_seconds} {self._attempts}"
+        same = f"{self._address} {self._timeout_seconds} {self._patience_seconds}"
         self._cache = ShardCache(Path(config.cache), int(config.cache_gib * 2**30), same)
         _file_system_class(self._scheme)
 
@@ -94,20 +104,37 @@ class RemoteSource:
     # ---------------------------------------------------------------------------------------------- whole files
 
     def _tried(self, where: str, read: Callable[[], T]) -> T:
-        """Read a file, several times if need be.
+        """Read a file, several times if need be: what may pass for `data.remote_patience_seconds`, and once at least.
 
         Raises:
             InputError: the last attempt's reason.
         """
-        for attempt in range(1, self._attempts + 1):
+        failed_at: float | None = None  # when it first failed in a way that may pass
+        wrong = 0
+        for attempt in itertools.count(1):
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, 6), LONGEST_PAUSE_SECONDS)
             try:
                 return read()
+            except _WrongBytes as failure:
+                wrong += 1
+                if wrong == WRONG_BYTES_ATTEMPTS:
+                    raise InputError(f"{where}: {failure} (attempt {wrong} of {wrong})") from None
             except _Failed as failure:
-                if attempt == self._attempts or not failure.again:
-                    tried = f" (attempt {attempt} of {self._attempts})" if failure.again else ""
-                    raise InputError(f"{where}: {failure}{tried}") from None
-                time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, 6), LONGEST_PAUSE_SECONDS))
-        raise AssertionError("there is at least one attempt")
+                if not failure.again:
+                    raise InputError(f"{where}: {failure}") from None
+                now, patience = time.monotonic(), self._patience_seconds
+                if failed_at is None:
+                    failed_at = now
+                    if patience > 0:
+                        say(one_line(f"{where}: {failure}; trying again for {patience:g} s"))
+                left_seconds = failed_at + patience - now
+                if left_seconds <= 0:
+                    raise InputError(
+                        f"{where}: {failure} (attempt {attempt}; data.remote_patience_seconds {patience:g} is over)"
+                    ) from None
+                pause = min(pause, left_seconds)  # the last attempt is made when the time is over, not a pause before
+            time.sleep(pause)
+        raise AssertionError("there is always another attempt")
 
     def _read_manifest(self) -> bytes:
         raw = bytearray()
@@ -126,15 +153,13 @@ class RemoteSource:
             for block in blocks:
                 found_bytes += len(block)
                 if found_bytes > shard.bytes:
-                    raise _Failed(
-                        f"more than the {shard.bytes} bytes that the manifest says; copy it again", again=True
-                    )
+                    raise _WrongBytes(f"more than the {shard.bytes} bytes that the manifest says")
                 digest.update(block)
                 file.write(block)
         if found_bytes < shard.bytes:
-            raise _Failed(f"{found_bytes} bytes, but the manifest says {shard.bytes}; copy it again", again=True)
+            raise _WrongBytes(f"{found_bytes} bytes, but the manifest says {shard.bytes}")
         if digest.hexdigest() != shard.sha256:
-            raise _Failed("its checksum differs from the manifest's; copy it again", again=True)
+            raise _WrongBytes("its checksum differs from the manifest's")
 
     # --------------------------------------------------------------------------------------------------- blocks
 

@@ -25,7 +25,7 @@ from mdnet_dist.metrics.meteor import meteor_unavailable_reason
 from mdnet_dist.metrics.reports import confusion_matrices, count_wordings, oracle_reports, people_score, score_reports
 from mdnet_dist.predict import prepare_mask
 from mdnet_dist.run_data import RunData
-from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED
+from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED, file_name_of
 from mdnet_dist.served_model import write_served_model
 from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
 from mdnet_dist.trainer import OnValidation, Result, Trainer
@@ -96,7 +96,7 @@ def _tracked_trainer(
         say(_opening(trainer))
         yield trainer, tracker
         status = "FINISHED"
-    except Preempted:
+    except (Preempted, KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
@@ -185,21 +185,28 @@ def _log_results(trainer: Trainer, result: Result, tracker: Tracker | None) -> N
 
 
 def _explain(trainer: Trainer, test: Evaluation) -> list[str]:
-    """Pages on the best and the worst few images of the test part, by the exported model: other ranks have gone."""
+    """Pages on the best and the worst few images of the test part, by the exported model: other ranks have gone.
+
+    They read the shards once more: what fails now is told, for the run itself is finished, scored and exported.
+    """
     config, folder = trainer.config, trainer.folder
     network, card = load_model(folder, trainer.device)
-    return explain_best_and_worst(
-        network,
-        card,
-        test.predictions,
-        config.data,
-        trainer.data.test,
-        folder / EXPLAINED,
-        f"Best and worst of {folder.name}, test",
-        count=config.evaluate.pictures,
-        device=trainer.device,
-        beam_width=config.evaluate.beam_width,
-    )
+    try:
+        return explain_best_and_worst(
+            network,
+            card,
+            test.predictions,
+            config.data,
+            trainer.data.test,
+            folder / EXPLAINED,
+            f"Best and worst of {folder.name}, test",
+            count=config.evaluate.pictures,
+            device=trainer.device,
+            beam_width=config.evaluate.beam_width,
+        )
+    except InputError as error:
+        say(f"no pages on single images: {error}; `launch/explain.py` makes them later")
+        return []
 
 
 def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None:
@@ -211,6 +218,7 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
                 draw_confusion_matrix(counts, data.card.classes, folder / f"confusion_{name}.png")
     if found := reliability_of(evaluation.predictions):
         draw_reliability(found, folder / "reliability.png")
+    taken: set[str] = set()
     for shown in evaluation.explained:
         draw_report(
             shown.image,
@@ -221,7 +229,7 @@ def draw_evaluation(evaluation: Evaluation, data: RunData, folder: Path) -> None
             shown.prediction.label,
             shown.prediction.references,
             prepare_mask(data.card, shown.mask, shown.prediction.key),
-            path=folder / f"report_{shown.prediction.key}.png",
+            path=folder / f"report_{file_name_of(shown.prediction.key, taken)}.png",
         )
 
 

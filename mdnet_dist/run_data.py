@@ -26,7 +26,7 @@ from mdnet_dist.plan import rank_share, steps_per_epoch
 from mdnet_dist.reading import Damaged, RawSample, check_shards, sound_samples
 from mdnet_dist.retrieval import Queries, collect_queries
 from mdnet_dist.sentences import as_one_sentence
-from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardManifest
+from mdnet_dist.shards import PartStatistics, Report, SampleRecord, ShardManifest, fingerprint
 from mdnet_dist.storage import ShardSource, open_source, place_of_set
 from mdnet_dist.vocabulary import Vocabulary, tokenize
 
@@ -43,6 +43,7 @@ class RunData:
     encoder: Encoder
     samples: int  # in training
     steps_per_epoch: int
+    fingerprint: str  # of the training parts: `mdnet_dist.shards.fingerprint`
     left_out: dict[str, str] = field(default_factory=dict)  # by `data.damaged: skip`: {shard's file: what is wrong}
 
     def training_batches(self, config: RunConfig, first_step: int, steps: int, pin_memory: bool) -> Loader:
@@ -128,7 +129,7 @@ def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
         InputError: whatever is wrong with the shards or contradicts the configuration.
     """
     source = open_source(config.data)
-    manifest = source.manifest()
+    manifest = on_first(source.manifest)  # each for itself, ranks might read two sets, while one is replaced
     train, validation, test = parts_of(manifest, config.data.fold)
     test = test if with_test else []
     statistics = [manifest.parts[part] for part in train]
@@ -156,6 +157,7 @@ def open_data(config: RunConfig, *, with_test: bool = True) -> RunData:
         encoder=Encoder(config.data, card.topics_read, manifest.classes, vocabulary),
         samples=samples,
         steps_per_epoch=steps,
+        fingerprint=fingerprint(manifest, train),
         left_out=left_out,
     )
 
@@ -176,7 +178,7 @@ def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, l
         InputError: no such set or part, shards that differ from their manifest, or a label that the network lacks.
     """
     source = open_source(config.data)
-    manifest = source.manifest()
+    manifest = on_first(source.manifest)  # each for itself, ranks might read two sets, while one is replaced
     in_folds = manifest.folds and config.data.fold is not None
     if in_folds or "train" in manifest.parts:
         train, validation, test = parts_of(manifest, config.data.fold if in_folds else None)
@@ -203,6 +205,7 @@ def open_part(config: RunConfig, card: ModelCard, part: str) -> tuple[RunData, l
         encoder=Encoder(data, card.topics_read, card.classes, card.vocabulary),
         samples=sum(manifest.parts[name].samples for name in train),
         steps_per_epoch=0,
+        fingerprint=fingerprint(manifest, train),
         left_out=left_out,
     ), parts
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,3 +121,36 @@ def write_scores(folder: Path, metrics: Mapping[str, float], predictions: Sequen
     write_atomically(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     lines = [json.dumps(prediction.as_line(), ensure_ascii=False) for prediction in predictions]
     write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+
+
+def refuse_links(folder: Path, base: Path) -> None:
+    """Refuse to write to a folder through a link below `base`: a run folder of a stranger may lead anywhere.
+
+    Args:
+        base: a run's folder, or the one that the user has named; it may be a link itself.
+
+    Raises:
+        InputError: `folder`, or one between it and `base`, is a link.
+    """
+    for part in (folder, *folder.parents):
+        if part == base:
+            return
+        if part.is_symlink():
+            raise InputError(
+                f"{part}: a link, through which nothing is written; remove it, or name a folder with --out"
+            )
+
+
+def file_name_of(key: str, taken: set[str]) -> str:
+    """A sample's key as a plain file name that no other image has, whatever a file system makes of case.
+
+    Args:
+        taken: names that are given already, in lower case; this one is added.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:80] or "image"
+    name, number = plain, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{plain}-{number}"
+    taken.add(name.lower())
+    return name

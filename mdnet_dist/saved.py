@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from mdnet_dist.checkpoint import best_checkpoint, checkpoints, load_checkpoint
-from mdnet_dist.config import RunConfig, check_config, load_config
+from mdnet_dist.config import DataConfig, RunConfig, check_config, first_problem, load_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, ModelCard, load_card, load_model
 from mdnet_dist.model.mdnet import MDNet
@@ -79,16 +80,18 @@ def saved_config(folder: Path, card: ModelCard, shards: str | None = None) -> Ru
         shards: folder of the shard set to read instead of the one that the run was trained on.
 
     Raises:
-        InputError: there is no configuration and no shard set is given, or the configuration is wrong.
+        InputError: there is no configuration and no shard set is given, or the configuration or the address is wrong.
     """
     path = folder / CONFIG
     if path.exists():
         config = load_config(path)
-        return (
-            config
-            if shards is None
-            else config.model_copy(update={"data": config.data.model_copy(update={"shards": shards})})
-        )
+        if shards is None:
+            return config
+        try:
+            data = DataConfig.model_validate({**config.data.model_dump(), "shards": shards})
+        except ValidationError as error:
+            raise InputError(first_problem(error)) from None
+        return config.model_copy(update={"data": data})
     if shards is None:
         raise InputError(f"{path}: no such file, so it is not known what to evaluate on; give --shards DIR")
     return check_config({"name": "model", "data": {**card.data, "shards": shards}, "model": card.model}, str(folder))

@@ -32,6 +32,10 @@ _GIVEN_UP = b"\0given up\0"
 _LOOK_AGAIN_SECONDS = 0.1
 
 
+class CacheError(InputError):
+    """The folder itself is at fault, and no shard: what leaves out damaged shards must not take it for damage."""
+
+
 class ShardCache:
     """Hands out shards as open files, and has those downloaded that are not there."""
 
@@ -49,12 +53,13 @@ class ShardCache:
                 the size and the checksum; raises InputError where it cannot. One process calls it, others wait.
 
         Raises:
-            InputError: of `download`; a checksum that is none; no room for the shard; a folder that cannot be written.
+            InputError: of `download`; a checksum that is none.
+            CacheError: no room for the shard; a folder that cannot be written.
         """
         if not _SHA256.fullmatch(sha256):
             raise InputError(f"'{sha256:.80}' is not a SHA-256 of 64 hexadecimal digits; build the shard set again")
         if size_bytes > self.cap_bytes:
-            raise InputError(
+            raise CacheError(
                 f"{self.folder}: data.cache_gib allows {self.cap_bytes:,} bytes, but a shard has {size_bytes:,}; allow "
                 "several times as much"
             )
@@ -65,7 +70,7 @@ class ShardCache:
                 if file is not None:
                     return file
         except OSError as error:
-            raise InputError(
+            raise CacheError(
                 f"{self.folder}: cannot keep a shard of {size_bytes:,} bytes: {error.strerror or error}; data.cache "
                 "names a folder that can be written, with room for data.cache_gib"
             ) from error

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
@@ -22,6 +23,10 @@ from mdnet_dist.errors import InputError, nearest
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MIN_SAMPLE_BYTES = 2048
+"""A sample in a tar: image and record, a header and a block of content each."""
+MAX_SAMPLES = 10**8
+"""In a set: the order of an epoch lies in memory, in 8 bytes a sample."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 CONCLUSION = "conclusion"
 """The topic whose sentence names the diagnosis; a shard set need not have it."""
@@ -99,6 +104,30 @@ class ShardManifest:
         write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
+def fingerprint(manifest: ShardManifest, parts: Sequence[str]) -> str:
+    """What training on these parts follows from, besides the configuration, as a SHA-256 in hexadecimal.
+
+    Sets of equal fingerprints give the same sequence of batches, and networks whose outputs mean the same: equal are
+    topics, classes, words with their numbers, image statistics, and the shards in their order. Names of sets and of
+    files do not count.
+
+    Raises:
+        InputError: a part that the set does not have.
+    """
+    shards = manifest.shards_of(parts)
+    words: Counter[str] = Counter()
+    for part in parts:
+        words.update(manifest.parts[part].words)
+    content = {
+        "topics": manifest.topics,
+        "classes": manifest.classes,
+        "words": sorted(words.items()),
+        "shards": [[shard.part, shard.samples, shard.sha256] for shard in shards],
+        "images": [[manifest.parts[part].image_mean, manifest.parts[part].image_std] for part in parts],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def load_manifest(folder: str | os.PathLike[str]) -> ShardManifest:
     """Read and check the manifest of the shard set in `folder`.
 
@@ -126,7 +155,8 @@ def parse_manifest(raw: bytes, where: str) -> ShardManifest:
 
     Raises:
         InputError: not JSON, another format version, a missing or unknown field, a shard name that leaves the folder,
-            a shard that appears twice under one name or two, or parts that their shards do not add up to.
+            a shard that appears twice under one name or two, more samples than its bytes can hold, parts that their
+            shards do not add up to, or a topic or class that is empty or there twice.
     """
     try:
         fields = _loads(raw.decode("utf-8"))
@@ -142,6 +172,9 @@ def parse_manifest(raw: bytes, where: str) -> ShardManifest:
             _check_types(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: not a shard manifest ({error}); build the shard set again") from error
+    for kind, names in (("topics", manifest.topics), ("classes", manifest.classes)):
+        if len(set(names)) != len(names) or not all(names):
+            raise InputError(f"{where}: {kind}: {', '.join(names)}: each must be there once and not be empty")
     _check_shards(manifest, where)
     for part, statistics in manifest.parts.items():
         for name in ("image_mean", "image_std"):
@@ -180,11 +213,19 @@ def _check_shards(manifest: ShardManifest, where: str) -> None:
                 "checksums are equal; build the shard set again"
             )
         name_of[shard.sha256] = shard.file
+        # Some leeway: a few samples without content are damage of a shard, which reading finds and may leave out.
+        if shard.samples * MIN_SAMPLE_BYTES > shard.bytes + 5 * MIN_SAMPLE_BYTES:
+            raise InputError(
+                f"{where}: shard '{shard.file}' cannot have {shard.samples:,} samples in {shard.bytes:,} bytes: each "
+                f"takes {MIN_SAMPLE_BYTES:,} or more; copy the manifest again"
+            )
         if shard.part not in manifest.parts:
             raise InputError(
                 f"{where}: shard '{shard.file}' is of part '{shard.part}', which the manifest lacks; "
                 f"{nearest(shard.part, manifest.parts)}"
             )
+    if (samples := sum(shard.samples for shard in manifest.shards)) > MAX_SAMPLES:
+        raise InputError(f"{where}: {samples:,} samples, more than the {MAX_SAMPLES:,} that a set may have")
 
 
 def _loads(text: str) -> Any:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_ENDED = -1  # the number of no process
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask a program to stop; SIGHUP: its terminal has gone."""
 
@@ -50,13 +51,18 @@ class StopRequest:
         heeded = self.SIGNALS if threading.current_thread() is threading.main_thread() else ()
         self._previous = {number: signal.signal(number, self._receive) for number in heeded}
 
+    @property
+    def handles(self) -> bool:
+        """Whether this process can be told by signals at all."""
+        return bool(self._previous)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+    def restore(self, *, ignore: bool = False) -> None:
+        """Give the signals back to whoever had them. Args: ignore: or heed them no more: this program is ending."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
 
 
 def launcher_is_gone() -> bool:
@@ -84,9 +90,21 @@ def _launchers() -> tuple[int, ...]:
     try:
         parent = psutil.Process(number)
         by_deepspeed = any("deepspeed.launcher.launch" in word for word in parent.cmdline())
-        return (number, parent.ppid()) if by_deepspeed else (number,)
+        if not by_deepspeed:
+            return (number,)
+        runner = parent.ppid()
+        if os.environ.get("CROSS_SIZE") == "1" and not _is_runner(runner):  # one machine
+            runner = _ENDED  # it was told to stop before this process was started
+        return number, runner
     except psutil.Error:  # it has ended since, or is not of this container
         return (number,)
+
+
+def _is_runner(process: int) -> bool:
+    """Whether a process is the `deepspeed` (or `ds`) that a person started."""
+    import psutil
+
+    return any("deepspeed" in word or word.endswith("/ds") for word in psutil.Process(process).cmdline()[:3])
 
 
 def _parent_of(process: int) -> int | None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mdnet_dist.console import say
+from mdnet_dist.errors import InputError
 from mdnet_dist.shards import write_atomically
 
 SAMPLES, BAD_STEPS, DAMAGED = "samples.jsonl", "bad_steps.jsonl", "damaged.jsonl"
@@ -22,20 +24,31 @@ class StepLog:
         self.path = path
 
     def append(self, step: int, **fields: Any) -> None:
-        """Add a line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **fields}, ensure_ascii=False) + "\n")
+        """Add a line.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **fields}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; make room there, then --resume") from error
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines in order; one that a kill has cut off is left out."""
+        """The lines in order; what is none, as one that a kill has cut off, is left out."""
         if not self.path.exists():
             return
-        with open(self.path, encoding="utf-8") as file:
-            for line in file:
+        with open(self.path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
                 try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+                    line = json.loads(raw)
+                except (ValueError, RecursionError):
+                    line = None
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    yield line
+                else:
+                    say(f"{self.path} line {number}: cut off or damaged; it is left out")
 
     def cut(self, step: int) -> None:
         """Drop the lines of later steps, whole or not at all."""

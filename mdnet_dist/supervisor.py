@@ -103,8 +103,8 @@ def supervise(
             with _started(arguments, len(places), environment(places)) as processes:
                 endings, asked = _wait(processes, stopped_by, grace_seconds, stop_seconds)
             code = verdict(endings, asked)
-            if asked is not None and any(ending.overdue for ending in endings):
-                _say(f"{describe(endings)}: it did not stop in {stop_seconds:g} s; --resume continues")
+            if code is not None and any(ending.overdue for ending in endings):
+                _say(f"{describe(endings)}: it did not stop in time; --resume continues")
             if code is not None:
                 return code
             if start == restarts:
@@ -224,7 +224,7 @@ def _wait(
             deadline = deadline or time.monotonic() + stop_seconds
         codes = [process.returncode for process in processes if process.returncode]
         if deadline is None and codes:
-            saving = any(Ending(code=code).stopped for code in codes)
+            saving = Preempted.exit_code in codes  # one that died of the signal itself had nothing to save
             deadline = time.monotonic() + (stop_seconds if saving else grace_seconds)
         if deadline is not None and time.monotonic() >= deadline:
             overdue |= set(running)

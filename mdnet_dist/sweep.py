@@ -102,7 +102,7 @@ def run_sweep(config: RunConfig, depths: Sequence[Depth] = DEPTHS, *, resume: bo
             state.rows.append(_row(depth, result, state.spent.pop(str(depth))))
             on_first(lambda: _write(folder, config.name, state, depths, opened))
         status = "FINISHED"
-    except Preempted:
+    except (Preempted, KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:

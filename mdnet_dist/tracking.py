@@ -685,7 +685,12 @@ def open_tracker(
         write_atomically(run_folder / METRICS_NAME, "")
         unsent.write(b"")
     elif resume_step is not None:
-        journal = [entry for entry in read_metrics(run_folder / METRICS_NAME) if entry["step"] <= resume_step]
+        journal = [
+            entry
+            for entry in read_metrics(run_folder / METRICS_NAME)
+            # What is scored at the end is scored again.
+            if entry["step"] <= resume_step and not all(name.startswith("final/") for name in entry["metrics"])
+        ]
         write_atomically(run_folder / METRICS_NAME, "".join(map(_as_line, journal)))
         # The job may have died with points in memory: offer all of them again, the store knows which it has. The
         # run is running again, so that an older status is out of date.
@@ -721,16 +726,26 @@ def open_parent(
 
 
 def reopen_tracker(run_folder: Path) -> Tracker | None:
-    """Append to the MLflow run of a folder whose training has ended, on the store that it was logged to.
+    """Append to the MLflow run of a folder whose training has ended, where it is in the user's own store.
+
+    That is the one that MLFLOW_TRACKING_URI names, or the default. A folder may come from a stranger, and so may the
+    store that it or its configuration names: what is told to that one, from one's own data, leaves the house.
 
     Returns:
-        None where the folder was never logged.
+        None where the folder was never logged, or on another store, which is said.
+
+    Raises:
+        InputError: as `open_tracker`.
     """
     run = _read_run(run_folder)
     if not run:
         return None
-    config = TrackingConfig(uri=_uri_of(run))
-    return open_tracker(config, run_folder, run_folder.name, {}, {}, resume=True)
+    own = TrackingConfig()
+    if run["uri"] != without_password(tracking_uri(own)):
+        uri = run["uri"]
+        say(f"{run_folder} belongs to the MLflow store {uri}, which is not told; MLFLOW_TRACKING_URI={uri} tells it")
+        return None
+    return open_tracker(own, run_folder, run_folder.name, {}, {}, resume=True)
 
 
 def end_run(run_folder: Path, status: Literal["FINISHED", "FAILED", "KILLED"], tags: Mapping[str, str]) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,12 +50,16 @@ from mdnet_dist.model.mdnet import NO_LABEL, MDNet
 from mdnet_dist.plan import micro_batches
 from mdnet_dist.pretrained import pretrained_weights
 from mdnet_dist.run_data import RunData, open_data
-from mdnet_dist.run_folder import existing_run_folder, new_run_folder, write_config, write_scores
+from mdnet_dist.run_folder import alone_in, existing_run_folder, new_run_folder, write_config, write_scores
 from mdnet_dist.schedules import EtaBalance, beta_at, eta_at
 from mdnet_dist.signals import StopRequest
 from mdnet_dist.step_log import BAD_STEPS, DAMAGED, SAMPLES, StepLog
+from mdnet_dist.storage import place_of_set
 from mdnet_dist.tracking import Tracker
-from mdnet_dist.watch import Watch, is_lost_peer
+from mdnet_dist.watch import Watch, is_killed_loader, is_lost_peer
+
+WAIT_SECONDS = 60.0
+"""How long a job waits for another one to leave its run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +124,8 @@ class Trainer:
         self.steps = config.train.epochs * self.data.steps_per_epoch
         pretrained = None if resume else self._pretrained()
         self.folder = folder or on_first(lambda: existing_run_folder(config) if resume else new_run_folder(config))
+        self._held = ExitStack()
+        on_first(self._lock)
         found = on_first(lambda: newest_checkpoint(self.folder)) if resume else None
         if resume and found is None:
             say(f"{self.folder}: no checkpoint yet; starting at step 0")
@@ -145,6 +152,10 @@ class Trainer:
             self._resume(found)
         for name in (SAMPLES, BAD_STEPS, DAMAGED):
             on_first(lambda name=name: StepLog(self.folder / name).cut(self.step))  # type: ignore[misc]
+
+    def _lock(self) -> None:
+        """Keep other jobs out of the run's folder: one that is resumed while the last is still saving waits for it."""
+        self._held.enter_context(alone_in(self.folder / ".lock", "another job", WAIT_SECONDS))
 
     def _pretrained(self) -> dict[str, torch.Tensor] | None:
         """Published weights to start from, where the configuration names some. Collective."""
@@ -256,16 +267,24 @@ class Trainer:
             self.config.train.patience_seconds,
             last_resort=f"--resume continues from the newest checkpoint in {self.folder}",
         )
+        ending = True
         try:
             yield
+            ending = False
         except RuntimeError as error:
+            if is_killed_loader(error):
+                raise self._watch.rank_ends("a loader process was killed, for want of memory perhaps") from error
             if not is_lost_peer(error):
                 raise
             raise self._watch.rank_lost() from error
         finally:
             self._watch.close()
-            self._stop.restore()
+            stopped, handled = self._stop.received, self._stop.handles
+            # While a stopped run ends, a second signal must not cut off what the tracker still has to send.
+            self._stop.restore(ignore=ending and stopped)
             self._watch = self._stop = None
+        if stopped and handled:  # too late for a checkpoint, which is there; not too late to stop
+            signal.raise_signal(signal.SIGTERM)
 
     def _begin(self, what: str) -> None:
         if self._watch:
@@ -470,6 +489,7 @@ class Trainer:
             bad_steps=self.bad_steps,
             eta_norms=self.eta.norms,
             epoch_end_due=self.epoch_end_due,
+            sequence=self._sequence(),
             score=score,
             best_score=self.best_score,
         )
@@ -484,7 +504,15 @@ class Trainer:
         return written
 
     def _resume(self, checkpoint: Path) -> None:
-        progress, weights, optimizer_state = load_checkpoint(checkpoint)
+        loaded, problem = None, None
+        try:
+            loaded = load_checkpoint(checkpoint)
+        except InputError as error:
+            problem = error
+        raise_together(problem)
+        assert loaded is not None
+        progress, weights, optimizer_state = loaded
+        self._check_position(checkpoint, progress)
         try:
             self.engine.load_weights(weights)
             self.engine.load_optimizer_state(optimizer_state, progress.updates)
@@ -498,6 +526,36 @@ class Trainer:
         self.eta.norms, self.best_score = list(progress.eta_norms), progress.best_score
         self.epoch_end_due, self._saved_step = progress.epoch_end_due, progress.step
         say(f"resuming {self.folder} at step {self.step} of {self.steps}")
+
+    def _check_position(self, checkpoint: Path, progress: Progress) -> None:
+        """Refuse to go on where the step would mean other images than it did, or lies beyond the end.
+
+        Raises:
+            InputError: naming what has changed.
+        """
+        for name, value in self._sequence().items():
+            if (was := progress.sequence.get(name, value)) != value:
+                place = place_of_set(self.config.data)
+                how = f"on other data than {place} holds now" if name == "data" else f"with {name} {was}, not {value}"
+                raise InputError(
+                    f"{checkpoint}: was trained {how}, and images would be missed or repeated; resume with what it was "
+                    "trained with, or start a new run under another name"
+                )
+        if progress.step > self.steps:
+            raise InputError(
+                f"train.epochs {self.config.train.epochs}: training ends at step {self.steps}, but {checkpoint} lies "
+                "beyond; raise it, or start a new run under another name"
+            )
+
+    def _sequence(self) -> dict[str, int | str]:
+        """What the sequence of training images, and the meaning of the network's outputs, follows from."""
+        train = self.config.train
+        return {
+            "train.seed": train.seed,
+            "train.global_batch": train.global_batch,
+            "data.shuffle_window": self.config.data.shuffle_window,
+            "data": self.data.fingerprint,
+        }
 
     def finish(self, tracker: Tracker | None = None) -> Result:
         """Score the best checkpoint on the validation part and, once, on the test part, and export it. Collective."""
@@ -543,8 +601,9 @@ class Trainer:
             write_config(self.folder, self.config)
 
     def close(self) -> None:
-        """Free what the engine holds; another Trainer may follow in this process."""
+        """Free what the engine holds, and the run's folder; another Trainer may follow in this process."""
         self.engine.close()
+        self._held.close()
 
 
 def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], InputError | None]:

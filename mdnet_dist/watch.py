@@ -22,8 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mdnet_dist.distributed import new_store, rank, world_size
-from mdnet_dist.errors import RankLost
+from mdnet_dist.distributed import is_first, new_store, rank, world_size
+from mdnet_dist.errors import LoaderLost, RankLost
 from mdnet_dist.program import end_without_the_others
 from mdnet_dist.signals import StopRequest, launcher_is_gone
 
@@ -31,6 +31,10 @@ POLL_SECONDS = 0.5
 ROLL_CALL_SECONDS = 3.0  # in which a rank that lives has said so several times
 LINGER_SECONDS = ROLL_CALL_SECONDS + 2.0  # by which ranks may begin a roll call later than the first
 STORE_SECONDS = 10.0  # longest wait for the store in a roll call
+
+
+_outlasting: list[Any] = []
+"""Stores that others may still ask when the watch itself has ended, until this process does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class Watch:
         self._stop, self._patience_seconds, self._last_resort = stop, patience_seconds, last_resort
         self._store = new_store() if world_size() > 1 else None
         self._begun, self._what = 0, "training begins"
+        self._told = False  # another rank has said why it ends
         self._moved_at = time.monotonic()
         self._closed = threading.Event()
         self._threads = [
@@ -108,6 +113,7 @@ class Watch:
                     told = True
                 elif not told and self._store.check(["stop"]):
                     self._stop.received = told = True
+                self._told = self._told or self._store.check(["told"])
             except RuntimeError:  # the first rank is gone, or has done all it had to do
                 self._store = None
 
@@ -119,12 +125,22 @@ class Watch:
         places = self._call_the_roll()
         return self._lost(lost_ranks(places), places)
 
+    def rank_ends(self, why: str) -> RankLost:
+        """What to raise when this rank cannot go on for a reason of its own; the others then say nothing."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set("told", "1")
+        _outlasting.append(self._store)
+        line = f"rank {rank()}: {why}; {self._last_resort}"
+        return RankLost(line, linger_seconds=LINGER_SECONDS if is_first() else 0.0)
+
     def _lost(self, what: str, places: Mapping[int, Place | None]) -> RankLost:
+        _outlasting.append(self._store)
         answering = [number for number, place in places.items() if place is not None]
         return RankLost(
             f"{what}; {self._last_resort}",
             # The first that answers. All do where the first rank is lost with the store: then none knows of the others.
-            speaks=rank() == min(answering),
+            speaks=rank() == min(answering) and not self._told,
             # The store ends with the first rank, and others may be asking it still.
             linger_seconds=LINGER_SECONDS if rank() == 0 and len(answering) > 1 else 0.0,
         )
@@ -140,6 +156,8 @@ class Watch:
             looked = now
             if now - self._moved_at > self._patience_seconds:
                 places = self._call_the_roll()
+                if self._closed.is_set() or time.monotonic() - self._moved_at < self._patience_seconds:
+                    continue  # it has moved after all
                 line = f"nothing has moved for {now - self._moved_at:.0f} s: {standing_still(places)}"
                 # The main thread hangs, and nothing else can end it.
                 end_without_the_others(self._lost(line, places))
@@ -207,6 +225,12 @@ def standing_still(places: Mapping[int, Place | None]) -> str:
 def _numbered(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def is_killed_loader(error: BaseException) -> bool:
+    """Whether an error says that a loader process was killed: by the kernel, most often, where memory runs out."""
+    # torch raises it wherever this process is when it hears of that (torch/utils/data/_utils/signal_handling.py).
+    return isinstance(error, LoaderLost) or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error))
 
 
 def is_lost_peer(error: BaseException) -> bool:

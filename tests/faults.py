@@ -35,6 +35,8 @@ CASES: dict[str, Callable[[list[int]], None]] = {
     "the last rank is stopped": lambda ranks: os.kill(ranks[1], signal.SIGSTOP),
     "the first rank is stopped": lambda ranks: os.kill(ranks[0], signal.SIGSTOP),
     "the last rank's loader is stopped": lambda ranks: os.kill(loader_of(ranks[1]), signal.SIGSTOP),
+    "the last rank's loader is killed": lambda ranks: os.kill(loader_of(ranks[1]), signal.SIGKILL),
+    "the first rank's loader is killed": lambda ranks: os.kill(loader_of(ranks[0]), signal.SIGKILL),
     "the last rank is told to stop": lambda ranks: os.kill(ranks[1], signal.SIGUSR1),
     "the first rank is told to stop": lambda ranks: os.kill(ranks[0], signal.SIGTERM),
 }
@@ -76,7 +78,7 @@ def befall(config: str, run: Path, what: Callable[[list[int]], None]) -> dict[st
         "saved": int(found[-1].name.removeprefix("step-")) if found else None,
         "left": len(left),
         "said": [line for line in output.read_text().splitlines() if line.startswith("train.py: ")],
-        "tracebacks": output.read_text().count("Traceback"),
+        "traceback": output.read_text().partition("Traceback")[2][:3000],
     }
 
 

@@ -39,9 +39,19 @@ def kill_many_times(
             codes = {os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes}
             assert codes == {0 if stop_at is None else 143}, (codes, output.read_text()[-3000:])
             break
-        wait_for_steps(run, steps_logged(run) + rng.randint(1, 8), processes, output)
-        time.sleep(rng.uniform(0, 0.05))
-        kill(processes)
+        trains = rng.random() < 0.75
+        if trains:
+            wait_for_steps(run, steps_logged(run) + rng.randint(1, 8), processes, output)
+            time.sleep(rng.uniform(0, 0.05))
+        else:  # in the start, most often
+            time.sleep(rng.uniform(0, 3))
+        alone = rng.choice(processes)
+        if trains and rng.random() < 0.3:  # the others then end by themselves
+            os.kill(alone, signal.SIGKILL)
+            codes = {process: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes}
+            assert set(codes.values()) <= {3, -signal.SIGKILL}, (codes, output.read_text()[-3000:])
+        else:
+            kill(processes)
         found = checkpoints(run)
         newest.append(int(found[-1].name.removeprefix("step-")) if found else 0)
         left_over += any(path.name.startswith(".") for path in (run / "checkpoints").glob(".*"))

@@ -32,6 +32,7 @@ def untrained_run(config: RunConfig, seed: int = 0) -> tuple[Path, ModelCard]:
             bad_steps=0,
             eta_norms=[0.0, 0.0],
             epoch_end_due=False,
+            sequence={},
             score=score,
             best_score=score,
         )

@@ -43,6 +43,7 @@ def progress_at(step: int, score: float | None = None) -> Progress:
         bad_steps=1,
         eta_norms=[0.25, 1e-300],
         epoch_end_due=False,
+        sequence={},
         score=score,
         best_score=score,
     )
@@ -96,7 +97,7 @@ def test_numbers_come_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, norms: list[float], score: float | None
 ) -> None:
     progress = Progress(
-        step=3, updates=2, bad_steps=0, eta_norms=norms, epoch_end_due=False, score=score, best_score=None
+        step=3, updates=2, bad_steps=0, eta_norms=norms, epoch_end_due=False, sequence={}, score=score, best_score=None
     )
     folder = tmp_path_factory.getbasetemp() / "numbers"
     assert read_progress(save_checkpoint(folder, progress, {}, {})) == progress
@@ -181,10 +182,8 @@ KILLS = """
 
     def write(step):
         weights = {name: torch.full((300, 300), float(step)) for name in "abc"}
-        score = (step * 7 % 11) / 11
-        progress = Progress(
-            step=step, updates=step, bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, score=score, best_score=None
-        )
+        others = dict(bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, sequence={}, best_score=None)
+        progress = Progress(step=step, updates=step, score=(step * 7 % 11) / 11, **others)
         save_checkpoint(run, progress, weights, {"exp_avg/a": weights["a"] + 0})
         prune_checkpoints(run, 2, 1)
 
@@ -201,6 +200,7 @@ KILLS = """
                 last += 1
                 os.write(says, b"x")
                 write(last)
+                write(last)  # as a resumed run does that was stopped at the end of an epoch
             os._exit(0)
         for _ in range(random.randint(1, 3)):
             os.read(hears, 1)
@@ -209,6 +209,10 @@ KILLS = """
         os.waitpid(child, 0)
         os.close(hears)
         os.close(says)
+        left = [path for path in (run / "checkpoints").iterdir() if path.name.endswith(_PARTIAL)]
+        partial += bool(left)
+        assert len(left) <= 3, left
+        assert newest_checkpoint(run) is not None
         found = checkpoints(run)
         for path in found:
             progress, weights, state = load_checkpoint(path)
@@ -220,9 +224,6 @@ KILLS = """
         assert step >= last, f"step {last} is lost, {step} is the last"
         last = step
         assert best_checkpoint(run) in found
-        leftovers = [path for path in (run / "checkpoints").iterdir() if path.name.endswith(_PARTIAL)]
-        partial += bool(leftovers)
-        assert len(leftovers) <= 3, leftovers
     write(last + 1)
     assert len(checkpoints(run)) <= 3
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.endswith(_PARTIAL)]
@@ -249,6 +250,27 @@ def test_killed_writers_lose_nothing_that_was_written(tmp_path: Path) -> None:
 def test_writers_killed_five_hundred_times(tmp_path: Path) -> None:
     last, partial = kill_writers(tmp_path, kills=500, seed=1)
     assert last >= 300 and partial >= 50
+
+
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path: Path) -> None:
+    """The old one has its name no more and the new one not yet: the old one gets its name back."""
+    old = save(tmp_path, 5, 0.5)
+    moved = old.rename(old.with_name(".step-00000005.replaced.partial"))
+    assert newest_checkpoint(tmp_path) == old and not moved.exists()
+    assert read_progress(old).score == 0.5
+    # The new one is there, and the old one not deleted yet.
+    shutil.copytree(old, moved)
+    save_again = save(tmp_path, 5, 0.75)
+    assert names(tmp_path) == ["step-00000005"] and read_progress(save_again).score == 0.75
+
+
+def test_a_step_that_is_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for _ in range(3):
+        flip(save(tmp_path, 2) / "state.safetensors", 500)
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
+    aside = [f"damaged-step-00000002{number}" for number in ("", "-2", "-3")]
+    assert names(tmp_path) == [*aside, "step-00000001"]
 
 
 def test_leftovers_of_killed_writers_go_with_the_next_checkpoint(tmp_path: Path) -> None:
@@ -315,7 +337,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         from mdnet_dist.errors import InputError
         run = Path(sys.argv[1])
         small, large = torch.zeros(100_000), torch.zeros(1_000_000)
-        progress = dict(updates=0, bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, score=None, best_score=None)
+        progress = dict(updates=0, bad_steps=0, eta_norms=[0, 0], epoch_end_due=False, sequence={})
+        progress |= dict(score=None, best_score=None)
         save_checkpoint(run, Progress(step=1, **progress), {"a": small}, {})
         try:
             save_checkpoint(run, Progress(step=2, **progress), {"a": large}, {})

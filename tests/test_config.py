@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from pydantic import ValidationError
 
 from mdnet_dist.config import (
     COMMAND_LINE,
+    DataConfig,
     PiecewiseEta,
     RunConfig,
     Section,
+    TrackingConfig,
     apply_override,
     as_yaml,
     check_config,
@@ -263,7 +266,7 @@ def test_errors_name_the_overlay(
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
-    assert accepted("tracking.uri=http://host/?a=b").tracking.uri == "http://host/?a=b"
+    assert accepted("tracking.uri=sqlite:///a?b=c").tracking.uri == "sqlite:///a?b=c"
 
 
 def test_nothing_can_be_changed_afterwards() -> None:
@@ -405,6 +408,82 @@ def test_contradictions_name_both_values(overrides: list[str], values: list[str]
     message = refusal(*overrides)
     for value in values:
         assert value in message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:SECRET@host/set",
+        "http://me:SEC/RET@host/set",
+        "http://me:SEC@RET@host/set",
+        "HTTP://:SECRET@host",
+        "http://group/me:SECRET@host",
+        "https://host:8080/set:SECRET@2",
+        "s3://KEY:SEC/RET@bucket/set",
+        "filecache::http://me:SECRET@host/set",
+        "https://host/set?token=SECRET",
+        "https://host/set#SECRET",
+        "https://host/set SECRET",
+        "https://host/set\nme:SECRET@x",
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_shown(address: str) -> None:
+    message = refusal(f"data.shards={json.dumps(address)}")
+    assert message.startswith(("file.yaml: data: shards was given ", "override 'data'", "override 'data.shards'"))
+    assert "with a password" in message or "?, # or a blank" in message
+    assert "SEC" not in message and "RET" not in message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "abfs://container@account.dfs.core.windows.net/sets/a:b",
+        "az://container/sets/a@b:c@d",
+        "s3://bucket/sets/a:b@c",
+        "gs://bucket/2024-01-01T10:00/a@b",
+        "https://host:8080/sets/a",
+        "https://host/sets/v@2",
+        "https://host:8080/sets/v%402",
+        "http://[::1]:8080/sets",
+        "runs/data/why?/a#1 b:c@d",
+    ],
+)
+def test_an_address_in_which_no_password_can_be_meant_is_taken(address: str) -> None:
+    assert DataConfig(shards=address).shards == address
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:SECRET@host",
+        "https://me:SEC/RET@host:5000/mlflow",
+        "https://host/mlflow?x=SECRET",
+        "https://host/mlflow#SECRET",
+        "postgresql://me:SECRET@host/db",
+        "mysql+pymysql://me:SEC/RET@host/db",
+        "postgresql://host/db?user=me&password=SECRET",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3DSECRET",
+    ],
+)
+def test_a_store_with_a_password_is_refused_and_not_shown(uri: str) -> None:
+    message = refusal(f"tracking.uri={json.dumps(uri)}")
+    assert "MLFLOW_TRACKING_URI instead, or user and password into MLFLOW_TRACKING_USERNAME and" in message
+    assert "SEC" not in message and "RET" not in message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000",
+        "https://host/mlflow",
+        "databricks://profile",
+        "postgresql://me@host/db?sslmode=require",
+        "sqlite:////srv/a:b@c/mlflow.db?timeout=3",
+        "sqlite:///runs/mlflow.db",
+    ],
+)
+def test_a_store_without_a_password_is_taken(uri: str) -> None:
+    assert TrackingConfig(uri=uri).uri == uri
 
 
 def test_what_is_missing_is_explained() -> None:

@@ -767,6 +767,13 @@ def twice_under_two_names(raw: dict[str, Any]) -> None:
     raw["parts"]["train"]["samples"] += shard["samples"]
 
 
+def more_samples_than_bytes(raw: dict[str, Any], size: int | None = None) -> None:
+    """Agreeing with themselves. With a size that fits, they are only too many."""
+    samples = 10**11 if size is None else size >> 11
+    raw["parts"]["train"]["samples"] += samples - raw["shards"][0]["samples"]
+    raw["shards"][0].update({"samples": samples} | ({} if size is None else {"bytes": size}))
+
+
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "twice under one name": (lambda raw: raw["shards"].append(raw["shards"][0]), "'train-000000.tar' is listed twice"),
     "twice under two names": (
@@ -790,6 +797,18 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a name with an escape": (lambda raw: raw["shards"][0].update(file="a\x1b[2J.tar"), "is not a plain file name"),
     "a name with a zero byte": (lambda raw: raw["shards"][0].update(file="a\0.tar"), "is not a plain file name"),
+    "more samples than bytes": (
+        more_samples_than_bytes,
+        "shard 'train-000000.tar' cannot have 100,000,000,000 samples in ",
+    ),
+    "samples without end": (
+        lambda raw: more_samples_than_bytes(raw, 1 << 60),
+        "samples, more than the 100,000,000 that a set may have",
+    ),
+    "a class twice": (lambda raw: raw["classes"].append("normal"), "low grade, normal, normal: each must be"),
+    "a class without a name": (lambda raw: raw["classes"].append(""), "must be there once and not be empty"),
+    "a topic twice": (lambda raw: raw["topics"].append(raw["topics"][0]), "conclusion, pleomorphism: each must"),
+    "a topic without a name": (lambda raw: raw["topics"].append(""), "pleomorphism, crowding, conclusion, : each"),
     "a mean of two channels": (
         lambda raw: raw["parts"]["train"].update(image_mean=[0.5, 0.5]),
         "part 'train': 'image_mean' must be three numbers from 0 to 1",

@@ -13,9 +13,9 @@ import torch
 from mdnet_dist.config import as_yaml, load_config
 from mdnet_dist.data import EvaluationStream
 from mdnet_dist.errors import InputError
-from mdnet_dist.evaluate_run import Request
+from mdnet_dist.evaluate_run import Request, _make
 from mdnet_dist.evaluation import Evaluation, evaluate, recalibrated, reliability_of, score, temperature_of
-from mdnet_dist.explain_run import best_and_worst
+from mdnet_dist.explain_run import best_and_worst, explain_best_and_worst
 from mdnet_dist.export import CARD, WEIGHTS, export_model, load_card
 from mdnet_dist.run_data import open_part
 from mdnet_dist.saved import open_model, saved_config
@@ -141,6 +141,20 @@ def test_an_exported_model_alone_is_scored_on_other_shards(saved: Path, tmp_path
     assert found.metrics["images"] == 7
 
 
+@pytest.mark.parametrize("address", ["http://me:SECRET@host/set", "https://host/set?token=SECRET"])
+@pytest.mark.parametrize("alone", [False, True], ids=["of a run", "of a model alone"])
+def test_other_shards_are_checked_as_those_of_a_configuration(
+    saved: Path, tmp_path: Path, address: str, alone: bool
+) -> None:
+    """What the command line says goes through the same checks: a password would be logged."""
+    card = load_card(saved)
+    with pytest.raises(InputError, match="shards was given ") as caught:
+        saved_config(tmp_path if alone else saved, card, address)
+    assert "SECRET" not in str(caught.value)
+    other = saved_config(saved, card, "https://host/set")
+    assert other.data == load_config(saved / "config.yaml").data.model_copy(update={"shards": "https://host/set"})
+
+
 def test_other_shards_must_have_known_classes(saved: Path, tmp_path: Path) -> None:
     """A set may lack classes and topics of the network; a label that the network lacks is named before any work."""
     card = load_card(saved)
@@ -205,6 +219,44 @@ def test_cards_from_before_there_was_a_temperature(saved: Path, tmp_path: Path) 
             load_card(tmp_path)
 
 
+# -------------------------------------------------------------------------------------------------------- where it goes
+
+
+@pytest.mark.parametrize(
+    "link", ["explained", "pictures", "evaluations", "evaluations/val", "evaluations/val/explained"]
+)
+def test_nothing_is_written_through_a_link_in_a_run_folder(link: str, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    (run / link).parent.mkdir(parents=True)
+    other.mkdir()
+    (run / link).symlink_to(other)
+    request = Request(run=run, part="val" if link.startswith("evaluations") else "test")
+    with pytest.raises(InputError, match=f"{link}: a link, through which nothing is written; remove it, or name"):
+        _make(request.default_out, run)
+    assert list(other.iterdir()) == []
+    (tmp_path / "linked").symlink_to(run)  # what the user names may be one
+    (run / link).unlink()
+    _make(replace(request, run=tmp_path / "linked").default_out, tmp_path / "linked")
+    own = tmp_path / "own"
+    own.symlink_to(other)
+    _make(own, own)
+    assert [path.name for path in other.iterdir()] == ["pictures"]
+
+
+def test_pages_are_not_written_through_a_link(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "explained").symlink_to(tmp_path / "other")
+    network, card, _ = open_model(saved)
+    found = evaluated(saved)
+    with pytest.raises(InputError, match="explained: a link, through which nothing is written"):
+        explain_best_and_worst(
+            *(network, card, found.predictions, saved_config(saved, card).data, ["test"]),
+            *(tmp_path / "explained", "title"),
+            count=2,
+        )
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -254,10 +306,15 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
 
     again = run(sys.executable, "launch/evaluate.py", folder)
     assert again.returncode == 0, again.stderr
+    assert again.stderr.count("which is not told") == 1, "the store that a folder names may be a stranger's"
     assert json.loads((folder / "metrics.json").read_text()) == reported, "val/ kept, test/ the same"
     assert (folder / "predictions.jsonl").read_bytes() == predicted
     assert {path.name: path.read_bytes() for path in (folder / "explained").iterdir()} == explained
-    last = run(sys.executable, "launch/evaluate.py", folder, "--part", "val", "--checkpoint", "last")
+    uri = load_config(folder / "config.yaml").tracking.uri
+    last = run(
+        *(sys.executable, "launch/evaluate.py", folder, "--part", "val", "--checkpoint", "last"),
+        environment={"MLFLOW_TRACKING_URI": str(uri)},
+    )
     assert last.returncode == 0, last.stderr
     out = folder / "evaluations" / "val-last"
     metrics = json.loads((out / "metrics.json").read_text())
@@ -265,12 +322,12 @@ def test_a_trained_run_gets_the_scores_that_training_gave_it_and_mlflow_hears_of
     assert json.loads((folder / "metrics.json").read_text()) == reported
 
     run_id = json.loads((folder / "mlflow_run.json").read_text())["run_id"]
-    client = MlflowClient(load_config(folder / "config.yaml").tracking.uri)
+    client = MlflowClient(uri)
     logged = client.get_run(run_id)
     assert logged.info.status == "FINISHED"
     points = client.get_metric_history(run_id, "final/val-last/loss_m")
     assert [(point.step, point.value) for point in points] == [(6, metrics["val/loss_m"])]
-    assert len(client.get_metric_history(run_id, "final/test/loss_m")) == 2
+    assert len(client.get_metric_history(run_id, "final/test/loss_m")) == 1
     kept = {artifact.path.rpartition("/")[2] for artifact in client.list_artifacts(run_id, "evaluations/val-last")}
     files = {"metrics.json", "predictions.jsonl", "confusion.json", "calibration.json"}
     assert kept == files | {"pictures", "explained"}
@@ -300,6 +357,27 @@ assert one == other and one[0]["error"] is None, (one, other)
 """
     loaded = run(sys.executable, "-c", program, environment={"MLFLOW_TRACKING_URI": str(config.tracking.uri)})
     assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["http://me:SEC/RET@host/set", "https://host/set?token=SECRET"])
+@pytest.mark.parametrize("program", ["train", "evaluate", "explain", "retrieve"])
+def test_a_password_on_the_command_line_is_not_repeated(
+    saved: Path, tmp_path: Path, program: str, address: str
+) -> None:
+    arguments: dict[str, list[object]] = {
+        "train": [saved / "config.yaml", f"data.shards={address}"],
+        "evaluate": [saved, "--shards", address],
+        "explain": [saved, address, "--out", tmp_path],
+        "retrieve": [saved, "nuclei are crowded", "--shards", address],
+    }
+    finished = run(sys.executable, f"launch/{program}.py", *arguments[program])
+    assert finished.returncode == 2, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith(f"{program}.py: ")]
+    assert len(lines) == 1 and "shards was given " in lines[0], finished.stderr
+    assert "Traceback" not in finished.stderr
+    said = finished.stdout + finished.stderr
+    assert "SEC" not in said and "RET" not in said
 
 
 @pytest.mark.slow

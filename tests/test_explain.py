@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +15,14 @@ import pytest
 from PIL import Image
 
 from data_shards.prepare import open_image
+from mdnet_dist.config import DataConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.explain import Entry, Explanation, index, page
 from mdnet_dist.explain_run import explain, explain_sources
 from mdnet_dist.figures import draw_report
 from mdnet_dist.predict import Answer
 from mdnet_dist.saved import open_model
+from mdnet_dist.shards import load_manifest
 from tests.browser import Browser
 from tests.saved import untrained_run
 from tests.test_train import run
@@ -171,6 +174,26 @@ def test_samples_and_images_are_explained(saved: Path, tmp_path: Path, capsys: p
         list(explain_sources(network, card, [shards], open_image, part="val", keys=["val_099"]))
     with pytest.raises(InputError, match="part 'nope'"):
         list(explain_sources(network, card, [shards], open_image, part="nope"))
+
+    damaged = tmp_path / "damaged"  # no shard is read behind the last key that was asked for
+    shutil.copytree(shards, damaged)
+    first, *others = load_manifest(damaged).shards_of(["train"])
+    for shard in others:
+        (damaged / shard.file).write_bytes(b"")
+    key = next(shown.key for shown in explain_sources(network, card, [damaged], open_image, part="train", count=1))
+    assert others
+    assert [s.key for s in explain_sources(network, card, [damaged], open_image, part="train", keys=[key])] == [key]
+    with pytest.raises(InputError, match="damaged after sample 0"):
+        list(explain_sources(network, card, [damaged], open_image, part="train"))
+
+    asked: list[str] = []
+
+    def skipping(place: str) -> DataConfig:
+        asked.append(place)
+        return DataConfig(shards=place, damaged="skip", most_damaged=1.0)
+
+    kept = list(explain_sources(network, card, [damaged], open_image, data_of=skipping, part="train"))
+    assert len(kept) == first.samples and asked == [str(damaged)]
 
     folder = tmp_path / "images"
     folder.mkdir()

@@ -177,6 +177,16 @@ WRONG_CARDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "words that are numbers": (edit(words=[1]), "not a model card (words.0: Input should be a valid string)"),
     "topics that are a number": (edit(topics=3), "not a model card (topics: Input should be a valid array)"),
     "two means": (edit(image_mean=[0.1, 0.2]), "not a model card (image_mean: List should have at least 3 items"),
+    "means above 1": (edit(image_mean=[0.1, 1.1, 0.2]), "not a model card (image_mean.1: Input should be less than"),
+    "a deviation of 0": (
+        edit(image_std=[0.1, 0.2, 0.0]),
+        "not a model card (image_std.2: Input should be greater than",
+    ),
+    "a deviation of about 0": (edit(image_std=[1e-300, 0.2, 0.1]), "not a model card (image_std.0: "),
+    "sentences without end": (
+        edit(data={"max_tokens": 2**31 - 1}),
+        "not a model card (max_tokens: Input should be less",
+    ),
     "a mean that is no number": (edit(image_std=[0.1, float("nan"), 1.0]), "not a model card (image_std.1: "),
     "an unknown key": (edit(model={"imagge": {}}), "not a model card (imagge: "),
     "an unknown fit": (edit(data={"fit": "squeeze"}), "not a model card (fit: "),
@@ -227,6 +237,17 @@ def test_weights_that_do_not_fit_are_named(name: str, run: Path) -> None:
     assert str(caught.value).startswith(f"{run / WEIGHTS}: {message}")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, run: Path) -> None:
+    weights = a_network(a_card()).state_dict()
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 4)
+    weights[name][-1, -1, -1, -1] = value
+    export_model(run, a_card(), weights)
+    with pytest.raises(InputError) as caught:
+        load_model(run)
+    assert str(caught.value) == f"{run / WEIGHTS}: '{name}' holds numbers that are not finite; export it again"
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 import threading
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 from PIL import Image
 
+from data_shards import verify
 from data_shards.import_bcidr import read_bcidr
 from data_shards.import_cifar import read_cifar
 from data_shards.import_manifest import read_manifest
@@ -40,14 +42,16 @@ from data_shards.writer import write_shards
 from mdnet_dist import console
 from mdnet_dist.config import GoogLeNetImageModel, ModelConfig
 from mdnet_dist.errors import LONGEST_LINE, InputError, one_line, printable
+from mdnet_dist.evaluation import evaluate
 from mdnet_dist.explain import Entry, index, page
 from mdnet_dist.explain_run import explain, explain_sources
 from mdnet_dist.images import MAX_PIXELS, decode_image, decode_mask, scale_to_8_bit
 from mdnet_dist.pretrained import pretrained_weights
-from mdnet_dist.reading import read_shard
-from mdnet_dist.run_data import open_data
-from mdnet_dist.saved import open_model
-from mdnet_dist.shards import MANIFEST_NAME, SampleRecord, load_manifest, parse_record
+from mdnet_dist.reading import read_shard, scan_shard
+from mdnet_dist.run import draw_evaluation
+from mdnet_dist.run_data import open_data, open_part
+from mdnet_dist.saved import open_model, saved_config
+from mdnet_dist.shards import MANIFEST_NAME, SampleRecord, ShardInfo, load_manifest, parse_record, sha256_of
 from mdnet_dist.storage import LocalSource
 from mdnet_dist.tracking import METRICS_NAME, RUN_NAME, UNSENT_NAME, end_run, read_metrics, run_id_of
 from tests.fuzz_readers import Reader, readers
@@ -141,9 +145,8 @@ def test_no_reader_runs_anything(every_reader: list[Reader], tmp_path: Path) -> 
 )
 def test_no_program_and_no_other_protocol_is_a_shard_set(address: str, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    config = tiny_config(tmp_path, tmp_path, {"data.shards": address.format(made)})
     with pytest.raises(InputError) as refused:
-        open_data(config)
+        open_data(tiny_config(tmp_path, tmp_path, {"data.shards": address.format(made)}))
     assert str(refused.value).isprintable()
     assert not made.exists()
 
@@ -397,11 +400,18 @@ def claims(name: str, width: int, height: int) -> bytes:
     return bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("size", [(8193, 8192), (65_000, 65_000), (1, 67_108_865)])
+LARGEST_SIDE = {"PNG": 1 << 31, "JPEG": 65_535, "TIFF": 1 << 31, "WEBP": 1 << 24}
+"""What the format can say, in pixels."""
+BOMBS = [
+    (name, size)
+    for name, largest in LARGEST_SIDE.items()
+    for size in ((8193, 8192), (65_000, 65_000), (1, 67_108_865))
+    if max(size) <= largest
+]
+
+
+@pytest.mark.parametrize(("name", "size"), BOMBS)
 def test_image_bombs_are_refused_by_their_header(name: str, size: tuple[int, int]) -> None:
-    if max(size) > {"JPEG": 65_535, "WEBP": 1 << 24}.get(name, 1 << 31):
-        pytest.skip("more than the format can say")
     raw = claims(name, *size)
     assert len(raw) < 2000
     with warnings.catch_warnings(record=True) as told:
@@ -516,6 +526,134 @@ def test_damaged_files_do_not_warn_from_any_thread() -> None:
         image = Image.open(io.BytesIO(animated))
         image.load()
     assert caught, "Pillow itself says nothing, so the test says nothing"
+
+
+def tar_header(kind: bytes, size: int, pax_headers: dict[str, str] | None = None, key: str = "s000") -> bytes:
+    member = tarfile.TarInfo(f"{key}.json")
+    member.type, member.size, member.pax_headers = kind, size, pax_headers or {}
+    return member.tobuf(tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT)
+
+
+def many_holes() -> bytes:
+    """A sparse member of GNU's with a list of holes that goes on for 10 MB."""
+    raw = bytearray(tar_header(tarfile.GNUTYPE_SPARSE, 512))
+    raw[257:265] = tarfile.GNU_MAGIC
+    raw[345:512] = bytes(167)
+    raw[482] = 1  # the list goes on behind the header
+    raw[148:156] = b" " * 8
+    raw[148:156] = f"{sum(raw[:512]):06o}\0 ".encode()
+    return bytes(raw) + (b"%011o\0" % 1 * 42 + b"\1" + bytes(7)) * 20_000
+
+
+PAX_HOLES = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}
+LARGE = "a header larger than 1 MiB"
+HEADERS: dict[str, tuple[list[tuple[bytes, int]], str]] = {
+    # what a tar is made of, each with so many zero bytes behind it, which take no room on the disk
+    "pax": ([(tar_header(tarfile.XHDTYPE, 1 << 28), 1 << 28)], LARGE),
+    "pax of Solaris": ([(tar_header(tarfile.SOLARIS_XHDTYPE, 1 << 28), 1 << 28)], LARGE),
+    "pax for all": ([(tar_header(tarfile.XGLTYPE, 1 << 28), 1 << 28)], LARGE),
+    "long name": ([(tar_header(tarfile.GNUTYPE_LONGNAME, 1 << 28), 1 << 28)], LARGE),
+    "long link": ([(tar_header(tarfile.GNUTYPE_LONGLINK, 1 << 28), 1 << 28)], LARGE),
+    "many for one member": ([(tar_header(tarfile.XHDTYPE, 1 << 19), 1 << 19)] * 200, LARGE),
+    "many for all": (
+        [
+            one
+            for number in range(40)
+            for one in (
+                (tar_header(tarfile.XGLTYPE, 1 << 19) + b"524288 k%03d=" % number + b"x" * ((1 << 19) - 12), 0),
+                (tar_header(tarfile.REGTYPE, 1, key=f"s{number:03d}"), 512),
+            )
+        ],
+        LARGE,
+    ),
+    "below nothing": ([(tar_header(tarfile.XHDTYPE, -(1 << 20)), 1 << 28)], LARGE),
+    "holes": ([(many_holes(), 1 << 20)], "a sparse member with many holes"),
+    "holes of pax": (
+        [(tar_header(tarfile.REGTYPE, 1 << 20, pax_headers=PAX_HOLES) + b"9999999\n" + b"1\n" * (1 << 21), 0)],
+        "a sparse member with many holes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_a_tar_do_not_fill_the_memory(name: str, tmp_path: Path) -> None:
+    """A file of a gigabyte without any content took more than two to refuse."""
+    pieces, message = HEADERS[name]
+    path = tmp_path / "train-000000.tar"
+    with open(path, "wb") as file:
+        for content, zeros in pieces:
+            file.write(content)
+            file.truncate(file.tell() + zeros)
+            file.seek(zeros, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    shard = ShardInfo(file=path.name, part="train", samples=50, bytes=path.stat().st_size, sha256="0" * 64)
+    reads: list[Callable[[], Any]] = [
+        lambda: list(scan_shard(LocalSource(tmp_path), shard)),
+        lambda: list(verify.read_shard(path)),
+    ]
+    for read in reads:
+        tracemalloc.start()
+        with pytest.raises(InputError, match=rf"^{path}.*\({message}\)"):
+            read()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12 << 20
+
+
+def test_a_tar_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = tiny_set(tmp_path).shards[0]
+
+    def none_left(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", none_left)
+    with pytest.raises(InputError, match=rf"^{tmp_path / shard.file}: damaged after sample 0, .*\(MemoryError\)"):
+        list(read_shard(LocalSource(tmp_path), shard))
+    with pytest.raises(InputError, match=rf"^{tmp_path / shard.file}: .*not a readable tar"):
+        list(verify.read_shard(tmp_path / shard.file))
+
+
+LONG = "x" * 300
+
+
+def with_other_keys(folder: Path, renamed: Callable[[str], str]) -> None:
+    """Write a set's shards as others' tools would: keys with folders or of any length, pax headers before members."""
+    raw = json.loads((folder / MANIFEST_NAME).read_text())
+    for shard in raw["shards"]:
+        path = folder / shard["file"]
+        with tarfile.open(path) as old:
+            members = [(member, old.extractfile(member).read()) for member in old]  # type: ignore[union-attr]
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as new:
+            for member, content in members:
+                stem, _, extension = member.name.partition(".")
+                member.name, member.pax_headers = f"{renamed(stem)}.{extension}", {"comment": "c" * 2000}
+                new.addfile(member, io.BytesIO(content))
+        shard.update(bytes=path.stat().st_size, sha256=sha256_of(path))
+    (folder / MANIFEST_NAME).write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("before", ["dir/", "/dir/", f"{LONG}_", "a:b*?<"])
+def test_any_key_gets_a_picture_and_a_page(before: str, tmp_path: Path) -> None:
+    """They end a run of days: keys are names of files in it."""
+    tiny_set(tmp_path / "set", test=3)
+    with_other_keys(tmp_path / "set", lambda key: f"{before}{key}" if key != "test_002" else f"{before}TEST_001")
+    run, _ = untrained_run(tiny_config(tmp_path / "set", tmp_path / "runs"))
+    network, card, _ = open_model(run)
+    data, parts = open_part(saved_config(run, card), card, "test")
+    batches = data.evaluation_batches(saved_config(run, card), parts, False)
+    evaluation = evaluate(network, card, batches, device=torch.device("cpu"), pictures=3)
+    assert [one.key for one in evaluation.predictions] == sorted(
+        [f"{before}{key}" for key in ("test_000", "test_001", "TEST_001")]
+    )
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    draw_evaluation(evaluation, data, pictures)
+    names = [path.name for path in pictures.glob("report_*.png")]
+    assert len({name.lower() for name in names}) == 3
+    assert all(re.fullmatch(r"report_[A-Za-z0-9_-]{1,90}\.png", name) for name in names)
+    assert not [path for path in tmp_path.rglob("report_*") if path.parent != pictures]
+    explain(card, explain_sources(network, card, [tmp_path / "set"], open_image), tmp_path / "pages", "t")
+    assert len(list((tmp_path / "pages").glob("*.html"))) == 4
 
 
 def test_compressed_weights_are_refused(tmp_path: Path) -> None:

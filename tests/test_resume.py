@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from mdnet_dist import trainer as trainer_module
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
 from mdnet_dist.config import as_yaml, load_config
 from mdnet_dist.distributed import rank, world_size
-from mdnet_dist.errors import Preempted, TrainingFailed
+from mdnet_dist.errors import InputError, Preempted, TrainingFailed
 from mdnet_dist.plan import epoch_order
 from mdnet_dist.shards import load_manifest
 from mdnet_dist.step_log import BAD_STEPS, SAMPLES, StepLog
@@ -350,7 +352,7 @@ def test_training_hardly_waits_for_a_checkpoint(tmp_path: Path, shards: Path) ->
 # ---------------------------------------------------------------------------------------------------- lines of steps
 
 
-def test_lines_of_later_steps_are_cut_off(tmp_path: Path) -> None:
+def test_lines_of_later_steps_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = StepLog(tmp_path / "lines.jsonl")
     log.cut(5)
     assert not log.path.exists()
@@ -359,7 +361,84 @@ def test_lines_of_later_steps_are_cut_off(tmp_path: Path) -> None:
     with open(log.path, "a") as file:
         file.write('{"step": 5, "ke')  # a kill in the middle of a line
     assert [line["step"] for line in log.read()] == [1, 2, 3, 3, 4]
+    assert "line 6: cut off or damaged; it is left out" in capsys.readouterr().out
+    for damage in (b"\xff\xfe", b"5", b"{}", b"[1]", b'{"step": "1"}', b"[" * 100_000, b"\0"):
+        with open(log.path, "ab") as file:
+            file.write(b"\n" + damage + b"\n")
+    assert [line["step"] for line in log.read()] == [1, 2, 3, 3, 4]
     log.cut(3)
     assert list(log.read()) == [{"step": step, "keys": [f"ä-{step}"]} for step in (1, 2, 3, 3)]
     log.append(4, keys=[])
     assert [line["step"] for line in log.read()] == [1, 2, 3, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------- a position that moved
+
+
+def resume_with(shards: Path, runs: Path, first: dict[str, Any], then: list[dict[str, Any]]) -> list[str]:
+    """Train five steps, save, and resume under each of some changes: what is said of it, empty where it goes on."""
+    trainer = Trainer(tiny_config(shards, runs, first))
+    batches = iter(trainer.data.training_batches(trainer.config, 0, 5, pin_memory=False))
+    for _ in range(5):
+        trainer.train_step(batches)
+    trainer.save(None)
+    trainer.close()
+    told = []
+    for changes in then:
+        try:
+            resumed = Trainer(tiny_config(shards, runs, first | changes), resume=True)
+        except InputError as error:
+            told.append(str(error))
+        else:
+            told.append("")
+            resumed.close()
+        gc.collect()  # the lock of one that was refused
+    return told
+
+
+def test_a_run_is_not_resumed_where_its_step_would_mean_other_images(tmp_path: Path) -> None:
+    tiny_set(tmp_path / "shards")
+    first = {"train.epochs": 3, "train.seed": 4}
+    changes: list[dict[str, Any]] = [
+        {"train.seed": 5},
+        {"train.global_batch": 12},
+        {"data.shuffle_window": 7},
+        {"train.epochs": 1},
+        {"train.epochs": 9, "train.micro_batch": 8, "optimizer.image": {"lr": 0.001}, "data.workers": 1},
+    ]
+    [told] = run_ranks(resume_with, 1, tmp_path / "shards", tmp_path / "runs", first, changes)
+    assert "was trained with train.seed 4, not 5, and images would be missed or repeated; resume with" in told[0]
+    assert "was trained with train.global_batch 8, not 12" in told[1]
+    assert "was trained with data.shuffle_window 4096, not 7" in told[2]
+    assert told[3].startswith("train.epochs 1: training ends at step 3, but ")
+    assert "step-00000005 lies beyond" in told[3]
+    assert told[4] == "", "what does not move the images may change"
+    tiny_set(tmp_path / "others", seed=1)
+    (tmp_path / "shards").rename(tmp_path / "first")
+    (tmp_path / "others").rename(tmp_path / "shards")
+    [told] = run_ranks(resume_only, 1, tmp_path / "shards", tmp_path / "runs", first)
+    assert f"was trained on other data than {tmp_path / 'shards'} holds now" in told
+
+
+def resume_only(shards: Path, runs: Path, overrides: dict[str, Any]) -> str:
+    try:
+        Trainer(tiny_config(shards, runs, overrides), resume=True).close()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def take_the_folder(shards: Path, runs: Path) -> str:
+    """A second job in the folder of one that is still there."""
+    trainer = Trainer(tiny_config(shards, runs))
+    trainer.save(None)
+    setattr(trainer_module, "WAIT_SECONDS", 0.3)  # noqa: B010
+    told = resume_only(shards, runs, {})
+    trainer.close()
+    assert resume_only(shards, runs, {}) == ""
+    return told
+
+
+def test_a_run_has_one_job_at_a_time(tmp_path: Path, shards: Path) -> None:
+    [told] = run_ranks(take_the_folder, 1, shards, tmp_path / "runs")
+    assert told == f"{tmp_path / 'runs' / 'tiny'}: another job still works there; wait for it, or stop it"

@@ -264,7 +264,14 @@ def test_eta_continues_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Pa
         whole.update(1 / (step + 1), step / 7)
         first.update(1 / (step + 1), step / 7)
     progress = Progress(
-        step=20, updates=20, bad_steps=0, eta_norms=first.norms, epoch_end_due=False, score=None, best_score=None
+        step=20,
+        updates=20,
+        bad_steps=0,
+        eta_norms=first.norms,
+        epoch_end_due=False,
+        sequence={},
+        score=None,
+        best_score=None,
     )
     second = EtaBalance(0.97)
     second.norms = read_progress(save_checkpoint(tmp_path, progress, {}, {})).eta_norms

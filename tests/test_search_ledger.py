@@ -163,7 +163,14 @@ def test_a_trial_that_has_not_begun_has_reported_nothing(tmp_path: Path) -> None
 
 def save(run: Path, step: int, value: float) -> None:
     progress = Progress(
-        step=step, updates=step, bad_steps=0, eta_norms=[1.0, 2.0], epoch_end_due=False, score=value, best_score=value
+        step=step,
+        updates=step,
+        bad_steps=0,
+        eta_norms=[1.0, 2.0],
+        epoch_end_due=False,
+        sequence={},
+        score=value,
+        best_score=value,
     )
     save_checkpoint(run, progress, {"w": torch.full((2,), value)}, {"m/w": torch.full((2,), -value)})
 

@@ -221,7 +221,14 @@ def train(task: Task, fuse: Fuse) -> Iterator[Report]:
             file.write(json.dumps({"step": step, "time": 1e9 + step, "metrics": metrics}) + "\n")
         fuse()
         done = Progress(
-            step=step, updates=step, bad_steps=0, eta_norms=[0.0, 0.0], epoch_end_due=False, score=None, best_score=None
+            step=step,
+            updates=step,
+            bad_steps=0,
+            eta_norms=[0.0, 0.0],
+            epoch_end_due=False,
+            sequence={},
+            score=None,
+            best_score=None,
         )
         save_checkpoint(folder, done, {"w": torch.tensor(weights, dtype=torch.float64)}, {})
         yield reports_of(folder)[-1]
@@ -633,7 +640,14 @@ def test_weights_are_judged_as_they_are_now(searches: Any, tmp_path: Path) -> No
         for step, score in ((3, 0.9 if number == 4 else 0.1), (6, last[number])):
             phase.reported(task.name, Report(epoch=step // 3, step=step, seconds=1.0, metrics={"val/score": score}))
         done = Progress(
-            step=6, updates=6, bad_steps=0, eta_norms=[0.0, 0.0], epoch_end_due=False, score=None, best_score=None
+            step=6,
+            updates=6,
+            bad_steps=0,
+            eta_norms=[0.0, 0.0],
+            epoch_end_due=False,
+            sequence={},
+            score=None,
+            best_score=None,
         )
         save_checkpoint(phase.ledger.run_folder(phase._trial(task.name)), done, {"w": torch.tensor(1.0 * number)}, {})
         phase.ended(task.name, "finished", "")

@@ -291,7 +291,7 @@ def test_ranks_that_do_not_stop_are_killed_in_time(stubs) -> None:
     one.process.terminate()
     code, lines = one.end()
     assert code == 143
-    assert lines == ["train.py: rank 0 hung and was ended: it did not stop in 1 s; --resume continues"]
+    assert lines == ["train.py: rank 0 hung and was ended: it did not stop in time; --resume continues"]
     assert time.monotonic() - started < 5
 
 

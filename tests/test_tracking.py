@@ -44,7 +44,9 @@ def client_of(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def open_run(uri: str, folder: Path, parameters: dict[str, Any] | None = None, **options: Any) -> tracking.Tracker:
+def open_run(
+    uri: str | None, folder: Path, parameters: dict[str, Any] | None = None, **options: Any
+) -> tracking.Tracker:
     config = TrackingConfig(uri=uri, experiment="tests")
     return tracking.open_tracker(config, folder, folder.name, parameters or {}, {}, **options)
 
@@ -92,9 +94,11 @@ def test_stores_that_cannot_serve_are_refused_with_what_to_use_instead(tmp_path,
         tracking.prepare_store(bad)
 
 
-def test_a_server_that_does_not_answer_is_an_input_error_without_its_password(tmp_path):
-    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9 does not answer: .*refused") as caught:
-        open_run("http://someone:secret@127.0.0.1:9", tmp_path / "run")
+@pytest.mark.parametrize("password", ["secret", "sec/secret", "sec@secret"])
+def test_a_server_that_does_not_answer_is_an_input_error_without_its_password(tmp_path, monkeypatch, password):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:{password}@127.0.0.1:9")
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:9 does not answer: ") as caught:
+        open_run(None, tmp_path / "run")
     assert "secret" not in str(caught.value)
     assert not list((tmp_path / "run").iterdir())
 
@@ -648,6 +652,51 @@ def test_the_ui_takes_the_next_free_port_but_insists_on_a_wanted_one(monkeypatch
             mlflow_ui.choose_port(port)
     with pytest.raises(InputError, match="--port 70000"):
         mlflow_ui.choose_port(70000)
+
+
+# ------------------------------------------------------------------------------------------------------- after training
+
+
+def test_a_folder_is_told_to_the_users_own_store_only(uri, tmp_path, monkeypatch, capsys):
+    open_run(uri, tmp_path / "run").close("FINISHED")
+    run_id = tracking.run_id_of(tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    again = tracking.reopen_tracker(tmp_path / "run")
+    again.log_metrics({"final/test/loss": 1.5}, step=7)
+    again.close("FINISHED")
+    assert again.run_id == run_id
+    assert history(uri, again, "final/test/loss") == [(7, 1.5)]
+    assert capsys.readouterr().err == ""
+    assert tracking.reopen_tracker(tmp_path) is None, "was never logged"
+
+    asked = []
+    monkeypatch.setattr(tracking, "_client", asked.append)
+    there = {"experiment_id": "1", "run_id": "x"}
+    for stranger in ("http://stranger.invalid", "sqlite:////srv/mlflow.db", "sqlite:///run/mlflow.db", f"{uri}?a=b"):
+        (tmp_path / "run" / tracking.RUN_NAME).write_text(json.dumps({"uri": stranger, **there}))
+        assert tracking.reopen_tracker(tmp_path / "run") is None
+        assert capsys.readouterr().err == (
+            f"tracking: {tmp_path}/run belongs to the MLflow store {stranger}, which is not told; "
+            f"MLFLOW_TRACKING_URI={stranger} tells it\n"
+        )
+    assert asked == []
+
+
+def test_a_password_in_the_environment_reopens_a_run(tmp_path, monkeypatch):
+    (tmp_path / tracking.RUN_NAME).write_text(
+        json.dumps({"uri": "http://tracker.invalid", "experiment_id": "1", "run_id": "x"})
+    )
+    asked = []
+
+    def client(uri):
+        asked.append(uri)
+        raise ConnectionError("not here")
+
+    monkeypatch.setattr(tracking, "_client", client)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker.invalid")
+    tracking.reopen_tracker(tmp_path).close("FINISHED")
+    assert asked and set(asked) == {"http://me:secret@tracker.invalid"}
+    assert "secret" not in (tmp_path / tracking.RUN_NAME).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
