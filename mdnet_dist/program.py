@@ -88,4 +88,5 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _say(error: Exception) -> None:
-    print(f"{os.path.basename(sys.argv[0])}: {one_line(str(error))}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {one_line(str(error))}\n")  # at once: other ranks write too
+    sys.stderr.flush()

@@ -103,7 +103,7 @@ def supervise(
             with _started(arguments, len(places), environment(places)) as processes:
                 endings, asked = _wait(processes, stopped_by, grace_seconds, stop_seconds)
             code = verdict(endings, asked)
-            if code is not None and any(ending.overdue for ending in endings):
+            if code in (Preempted.exit_code, _INTERRUPTED) and any(ending.overdue for ending in endings):
                 _say(f"{describe(endings)}: it did not stop in time; --resume continues")
             if code is not None:
                 return code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -77,7 +78,7 @@ def befall(config: str, run: Path, what: Callable[[list[int]], None]) -> dict[st
         "step": before,
         "saved": int(found[-1].name.removeprefix("step-")) if found else None,
         "left": len(left),
-        "said": [line for line in output.read_text().splitlines() if line.startswith("train.py: ")],
+        "said": re.findall("train.py: .*", output.read_text()),  # behind half a line of the rank that was killed, maybe
         "traceback": output.read_text().partition("Traceback")[2][:3000],
     }
 

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.soak import SOAK, write_figures
 from tests.tiny import tiny_config, tiny_set
 
-EPOCHS = 200 if SOAK else 24
+EPOCHS = 200 if SOAK else 12
 MOST_GROWTH_MB = 8.0  # between the second and the last quarter: glibc's arenas alone move by some
 
 

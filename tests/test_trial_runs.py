@@ -150,4 +150,4 @@ def test_training_in_another_thread_is_the_same(outcome: dict[str, Any]) -> None
 def test_a_trial_does_not_read_test_data_and_a_whole_run_does(outcome: dict[str, Any]) -> None:
     assert any(name in outcome["refused"] for name in outcome["damaged"]) and outcome["no folder"]
     assert outcome["blind"]["epochs"] == [(1, EPOCH_STEPS)] and outcome["blind points"] == [EPOCH_STEPS]
-    assert outcome["blind files"] == ["checkpoints", "config.yaml", "metrics.jsonl", "mlflow_run.json"]
+    assert outcome["blind files"] == [".lock", "checkpoints", "config.yaml", "metrics.jsonl", "mlflow_run.json"]
