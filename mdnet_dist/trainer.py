@@ -150,12 +150,16 @@ class Trainer:
         self.network = self.engine.network
         if found is not None:
             self._resume(found)
-        for name in (SAMPLES, BAD_STEPS, DAMAGED):
-            on_first(lambda name=name: StepLog(self.folder / name).cut(self.step))  # type: ignore[misc]
+        on_first(self._cut_logs)
 
     def _lock(self) -> None:
         """Keep other jobs out of the run's folder: one that is resumed while the last is still saving waits for it."""
         self._held.enter_context(alone_in(self.folder / ".lock", "another job", WAIT_SECONDS))
+
+    def _cut_logs(self) -> None:
+        """Forget what was noted of steps that come again."""
+        for name in (SAMPLES, BAD_STEPS, DAMAGED):
+            StepLog(self.folder / name).cut(self.step)
 
     def _pretrained(self) -> dict[str, torch.Tensor] | None:
         """Published weights to start from, where the configuration names some. Collective."""

@@ -13,6 +13,20 @@ from mdnet_dist.run_data import open_data
 from mdnet_dist.run_folder import write_config
 
 
+def progress_at(step: int, score: float | None = None) -> Progress:
+    """Where a run stands after so many steps, nothing being left to do for them."""
+    return Progress(
+        step=step,
+        updates=step,
+        bad_steps=0,
+        eta_norms=[0.0, 0.0],
+        epoch_end_due=False,
+        sequence={},
+        score=score,
+        best_score=score,
+    )
+
+
 def untrained_run(config: RunConfig, seed: int = 0) -> tuple[Path, ModelCard]:
     """Write a run folder as training leaves it, with random weights: export, and checkpoints of steps 3 and 6.
 
@@ -26,16 +40,6 @@ def untrained_run(config: RunConfig, seed: int = 0) -> tuple[Path, ModelCard]:
         torch.manual_seed(seed + step)
         weights = card.build().state_dict()
         weights["class_maps.weight"] *= 20  # else all classes are as probable for every image
-        progress = Progress(
-            step=step,
-            updates=step,
-            bad_steps=0,
-            eta_norms=[0.0, 0.0],
-            epoch_end_due=False,
-            sequence={},
-            score=score,
-            best_score=score,
-        )
-        save_checkpoint(folder, progress, weights, {})
+        save_checkpoint(folder, progress_at(step, score), weights, {})
     export_model(folder, card, weights)
     return folder, card

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 
 import tune.ledger
 from mdnet_dist import tracking
-from mdnet_dist.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mdnet_dist.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mdnet_dist.config import TrackingConfig, as_yaml
 from mdnet_dist.cost import Cost
 from mdnet_dist.run_folder import alone_in
+from tests.saved import progress_at
 from tests.tiny import tiny_config
 from tune import phases
 from tune.ledger import Ledger, reports_of
@@ -220,16 +221,7 @@ def train(task: Task, fuse: Fuse) -> Iterator[Report]:
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, "time": 1e9 + step, "metrics": metrics}) + "\n")
         fuse()
-        done = Progress(
-            step=step,
-            updates=step,
-            bad_steps=0,
-            eta_norms=[0.0, 0.0],
-            epoch_end_due=False,
-            sequence={},
-            score=None,
-            best_score=None,
-        )
+        done = progress_at(step)
         save_checkpoint(folder, done, {"w": torch.tensor(weights, dtype=torch.float64)}, {})
         yield reports_of(folder)[-1]
         if step == task.last_step:
@@ -639,16 +631,7 @@ def test_weights_are_judged_as_they_are_now(searches: Any, tmp_path: Path) -> No
         number = phase._trial(task.name).number
         for step, score in ((3, 0.9 if number == 4 else 0.1), (6, last[number])):
             phase.reported(task.name, Report(epoch=step // 3, step=step, seconds=1.0, metrics={"val/score": score}))
-        done = Progress(
-            step=6,
-            updates=6,
-            bad_steps=0,
-            eta_norms=[0.0, 0.0],
-            epoch_end_due=False,
-            sequence={},
-            score=None,
-            best_score=None,
-        )
+        done = progress_at(6)
         save_checkpoint(phase.ledger.run_folder(phase._trial(task.name)), done, {"w": torch.tensor(1.0 * number)}, {})
         phase.ended(task.name, "finished", "")
     assert [trial.segments[1].parent for trial in phase.trials] == [None, None, None, "member-03"]
