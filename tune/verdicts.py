@@ -22,12 +22,15 @@ class Verdicts:
 
     @classmethod
     def start(cls, environment: Mapping[str, str]) -> Verdicts:
-        """Start the actor; it ends with this program. Args: environment: variables that workers need."""
+        """Start the actor, here; it ends with this program. Args: environment: variables that workers need."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"verdicts-{time.time_ns()}"
-        actor = ray.remote(_Answers).options(name=name, namespace=NAMESPACE, num_cpus=0).remote(dict(environment))
-        return cls(name, actor)
+        # Anywhere else it would take the whole search with it when that machine goes.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+        return cls(name, ray.remote(_Answers).options(**options).remote(dict(environment)))
 
     def decide(self, trial: str, step: int, *, goes_on: bool) -> None:
         """Answer the report that a trial made after `step` optimiser steps."""
