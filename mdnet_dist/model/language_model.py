@@ -16,8 +16,8 @@ but the LSTM is a loop over words.
 Without attention (`attention: 0`) there are no z_t and none of W_c, W_h, u, w, W_2: the image enters through the start
 alone, as in NeuralTalk (Karpathy and Fei-Fei, CVPR 2015), and all attention weights are 1/P.
 
-Only real words cost anything: missing sentences are left out, the LSTM runs over packed sentences, and the words of an
-image are drawn together, whichever sentence they belong to, before the attention.
+Missing sentences are left out, and but for the LSTM, which runs over the rectangle of sentences, only real words cost
+anything: those of an image are drawn together, whichever sentence they belong to, before the attention.
 
 Shapes: B images, R reports, K topics, T tokens, P map positions, C channels, H hidden, A attention, V words,
 S the most real words that an image of the batch has.
@@ -25,12 +25,12 @@ S the most real words that an image of the batch has.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mdnet_dist.config import LanguageModelConfig
 from mdnet_dist.vocabulary import PAD, START
@@ -67,67 +67,43 @@ class _AttentionScores(torch.autograd.Function):
     Both passes go over the queries in slices, so that the largest tensor alive is (B, slice, P, A).
     """
 
-    SLICE_NUMBERS = 1 << 22
+    SLICE_NUMBERS = 1 << 19  # stays in a core's cache
+    GPU_FACTOR = 128  # on a GPU slices are so many times larger, to keep it busy
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, queries: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(keys, queries, weight)
-        return torch.cat([_hidden(keys, part) @ weight for part in _slices(keys, queries)], 1)
+        return torch.cat([hidden @ weight for _, hidden in _slices(keys, queries)], 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # d tanh = 1 - tanh^2: sums over w dscore need no tensor of the large size, those over w dscore tanh^2 take the
+        # sums first and the factor w at the end.
         keys, queries, weight = ctx.saved_tensors
-        grad_keys, grad_weight = torch.zeros_like(keys), torch.zeros_like(weight)
-        grad_queries = []
-        start = 0
-        for part in _slices(keys, queries):
-            grad_part = grad[:, start : start + part.shape[1]]  # (B, s, P)
-            start += part.shape[1]
-            hidden = _hidden(keys, part)  # (B, s, P, A)
+        squares_of_keys, grad_weight = torch.zeros_like(keys), torch.zeros_like(weight)
+        squares_of_queries = []
+        for part, hidden in _slices(keys, queries):
+            grad_part = grad[:, part]  # (B, s, P)
             grad_weight += grad_part.flatten() @ hidden.flatten(0, 2)
-            hidden.square_().neg_().add_(1).mul_(grad_part[..., None]).mul_(weight)  # now w (1 - tanh^2) dscore
-            grad_keys += hidden.sum(1)
-            grad_queries.append(hidden.sum(2))
-            del hidden  # before the next slice is made
-        return grad_keys, torch.cat(grad_queries, 1), grad_weight
+            hidden.square_()
+            squares_of_queries.append((grad_part[:, :, None] @ hidden).squeeze(2))
+            squares_of_keys += hidden.mul_(grad_part[..., None]).sum(1)
+        grad_keys = (grad.sum(1)[..., None] - squares_of_keys) * weight
+        grad_queries = (grad.sum(2)[..., None] - torch.cat(squares_of_queries, 1)) * weight
+        return grad_keys, grad_queries, grad_weight
 
 
-def _hidden(keys: Tensor, queries: Tensor) -> Tensor:
-    return (keys[:, None] + queries[:, :, None]).tanh_()
-
-
-def _slices(keys: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
-    return queries.split(max(1, _AttentionScores.SLICE_NUMBERS // max(1, keys.numel())), 1)
-
-
-class _Together(torch.autograd.Function):
-    """Identity on several tensors whose gradients then come back all at once, in the order of the tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
-
-
-class _LSTM(nn.LSTM):
-    """nn.LSTM whose four weights always receive their gradients in the same order.
-
-    Where all packed sentences are equally long, PyTorch runs another LSTM on the CPU, whose gradients are ready in
-    another order. ZeRO 2 and 3 put gradients into the buckets that ranks exchange as they arrive, without names: a rank
-    with equally long sentences and one without would add up unlike weights, in silence.
-    """
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As nn.LSTM."""
-        own = self._flat_weights
-        self._flat_weights = list(_Together.apply(*(getattr(self, name) for name in self._flat_weights_names)))
-        try:
-            return super().forward(input, hx)
-        finally:
-            self._flat_weights = own
+def _slices(keys: Tensor, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """tanh(keys + query) for some queries after others, (B, s, P, A) in the same memory, and which ones they are."""
+    numbers = _AttentionScores.SLICE_NUMBERS * (_AttentionScores.GPU_FACTOR if keys.is_cuda else 1)
+    B, P, A = keys.shape
+    S = queries.shape[1]
+    most = min(S, max(1, numbers // max(1, keys.numel())))
+    memory = keys.new_empty(B * most * P * A)
+    for start in range(0, S, most):
+        part = slice(start, min(S, start + most))
+        hidden = memory[: B * (part.stop - start) * P * A].view(B, -1, P, A)
+        yield part, torch.add(keys[:, None], queries[:, part, None], out=hidden).tanh_()
 
 
 class LanguageModel(nn.Module):
@@ -139,7 +115,7 @@ class LanguageModel(nn.Module):
         self.topic_embedding = nn.Embedding(topics, config.embedding)
         self.word_embedding = nn.Embedding(words, config.embedding, padding_idx=PAD)
         self.start_projection = nn.Linear(channels, config.embedding)  # W_v
-        self.lstm = _LSTM(config.embedding, config.hidden, batch_first=True)
+        self.lstm = nn.LSTM(config.embedding, config.hidden, batch_first=True)
         self.attends = config.attention > 0
         if self.attends:
             self.key = nn.Linear(channels, config.attention)  # W_c
@@ -213,7 +189,7 @@ class LanguageModel(nn.Module):
         if not lengths.any():  # every parameter must get a gradient on every rank: say one PAD, which counts nothing
             lengths = F.pad(lengths[:, 1:], (1, 0), value=1)
         told = lengths.flatten().nonzero().squeeze(1)  # the sentences that exist
-        states = self._states(view, tokens, told, lengths.flatten()[told])  # (sentences, 1 + T, H)
+        states = self._states(view, tokens, told)  # (sentences, 1 + T, H)
 
         row = torch.zeros(B * R * K, dtype=torch.long)
         row[told] = torch.arange(len(told))
@@ -224,21 +200,24 @@ class LanguageModel(nn.Module):
         before = before.flatten(1).gather(1, places).to(tokens.device, non_blocking=True)
         places = places.to(tokens.device, non_blocking=True)
 
-        states = states.flatten(0, 1)
-        contexts, weights = self.attend(view, states[before])
+        states = states.flatten(0, 1)  # index_select: the backward pass of plain indexing sorts
+        shape = *before.shape, states.shape[-1]
+        contexts, weights = self.attend(view, states.index_select(0, before.flatten()).view(shape))
         targets = tokens.flatten(1).gather(1, places)
-        return Told(self.word_logits(states[before + 1], contexts), weights, targets, places)
+        spoken = states.index_select(0, before.flatten() + 1).view(shape)
+        return Told(self.word_logits(spoken, contexts), weights, targets, places)
 
-    def _states(self, view: View, tokens: Tensor, told: Tensor, lengths: Tensor) -> Tensor:
-        """h_0 .. h_T of the sentences numbered `told` in B*R*K, with their lengths: (sentences, 1 + T, H)."""
-        _, R, K, T = tokens.shape
+    def _states(self, view: View, tokens: Tensor, told: Tensor) -> Tensor:
+        """h_0 .. h_T of the sentences numbered `told` in B*R*K: (sentences, 1 + T, H)."""
+        _, R, K, _ = tokens.shape
         told = told.to(tokens.device, non_blocking=True)
         words = tokens.flatten(0, 2)[told]
         words = torch.cat([torch.full_like(words[:, :1], START), words[:, :-1]], 1)
         starts = self.starts(view)[told // (R * K), told % K]
         inputs = torch.cat([starts[:, None], self.dropout(self.word_embedding(words))], 1)
-        packed = pack_padded_sequence(inputs, 1 + lengths, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=1 + T)[0]
+        # What follows a sentence's end changes nothing before it, and one call over the rectangle is faster than steps
+        # of a shrinking batch (docs/performance.md).
+        return self.lstm(inputs)[0]
 
     def word_losses(self, told: Told) -> Tensor:
         """Negative log-likelihood of each word, 0 where there is none: (B, S) in fp32."""
