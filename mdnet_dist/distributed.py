@@ -7,7 +7,7 @@ every rank must call it, in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +68,22 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sum_on_hosts(values: Sequence[int]) -> list[int]:
+    """Add up a few numbers over all ranks without their devices, which may be busy with something else meanwhile."""
+    if world_size() == 1:
+        return list(values)
+    global _hosts
+    if _hosts is None and dist.get_backend() == "nccl":
+        _hosts = dist.new_group(backend="gloo")
+    summed = torch.tensor(values, dtype=torch.long)
+    dist.all_reduce(summed, group=_hosts)
+    return [int(value) for value in summed]
+
+
+_hosts: Any = None
+"""The group of `sum_on_hosts` where GPUs exchange in another one: made at its first call, for as long as that lasts."""
+
+
 def from_first(value: T | None) -> T:
     """The first rank's value, on every rank."""
     box = [value]
@@ -126,8 +142,10 @@ def leave() -> None:
 
     A process that ends inside it makes torch complain, and no engine can be made in this process afterwards.
     """
+    global _hosts
     if dist.is_initialized():
         dist.destroy_process_group()
+        _hosts = None
 
 
 def _object_device() -> torch.device | None:

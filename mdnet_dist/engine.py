@@ -84,6 +84,8 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # ours moves weights as torch's own rules do
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the GPU before and after each step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.precision == "bf16":
         # DeepSpeed's own bf16 mode casts weights but not BatchNorm's buffers; autocast keeps both in fp32.
@@ -146,19 +148,21 @@ class Engine:
         """
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def micro_batch_done(self, *, apply: bool = True) -> bool:
+    def micro_batch_done(self, apply: Tensor | bool = True) -> Tensor:
         """End a micro-batch; after the last of a step move the weights.
 
         Args:
-            apply: False clears the gradients without moving any weight.
+            apply: (), on the device; False clears the gradients without moving any weight.
 
         Returns:
-            whether the weights were moved (meaningful after the last micro-batch).
+            whether the weights were moved, (), on the device (meaningful after the last micro-batch).
         """
-        self.optimizer.skip_next = not apply
+        self.optimizer.next_moves = apply
         self._engine.step()
-        self.optimizer.skip_next = False
-        return apply and self.optimizer.moved and not getattr(self._engine.optimizer, "overflow", False)
+        self.optimizer.next_moves = True
+        # ZeRO 1 to 3 has looked at the gradients itself, and waited for the device to do so.
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        return self.optimizer.moved & (not overflow)
 
     # BatchNorm's running statistics move once a step, by the mean over all micro-batches of the global batch: every
     # micro-batch starts from those of the step before. So they do not depend on how a batch is cut into ranks and

@@ -1,7 +1,8 @@
 """One torch Optimizer that moves each part of the network by a rule of its own, as SGD for D, Adam for M and L.
 
-One optimizer, because DeepSpeed wraps exactly one. The rules are PyTorch's own functions, so that a group is moved to
-the last bit as `torch.optim.SGD` or `torch.optim.AdamW` would move it.
+One optimizer, because DeepSpeed wraps exactly one. The rules are PyTorch's own fused functions, so that a group is
+moved to the last bit as `torch.optim.SGD` or `torch.optim.AdamW` with `fused=True` would move it. Whether a step is
+taken is decided on the device, by a number that the fused functions read there: the host need not wait for it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class PartOptimizer(torch.optim.Optimizer):
     def __init__(self, parts: Mapping[str, Iterable[nn.Parameter]], config: OptimizerConfig) -> None:
         """Args: parts: {group name: weights}, from `MDNet.parts`."""
         self.configs: dict[str, SgdGroup | AdamGroup] = {name: getattr(config, name) for name in parts}
-        self.skip_next = False
-        """Set to make the next `step` do nothing: DeepSpeed's step then clears the gradients and moves no weight."""
-        self.moved = False
-        """Whether the last `step` moved the weights: it does not where a gradient is not finite."""
+        self.next_moves: Tensor | bool = True
+        """Whether the next `step` may move the weights, (): where not, DeepSpeed's step clears the gradients alone."""
+        self.moved: Tensor = torch.tensor(False)
+        """Whether the last `step` moved the weights, (): it does not where a gradient is not finite."""
         groups = [
             {"params": list(weights), "name": name, "rule": "sgd" if isinstance(group, SgdGroup) else "adam"}
             for (name, weights), group in zip(parts.items(), self.configs.values())
@@ -55,9 +56,8 @@ class PartOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move all weights that have a gradient. `closure` is not supported."""
-        self.moved = not self.skip_next and self._finite()
-        if not self.moved:
-            return
+        self.moved = self._finite() & self.next_moves
+        refused = (~self.moved).float()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
@@ -65,16 +65,16 @@ class PartOptimizer(torch.optim.Optimizer):
             states = [self.state_of(weight, group["rule"]) for weight in weights]
             config = self.configs[group["name"]]
             if isinstance(config, SgdGroup):
-                _move_by_sgd(weights, states, group, config)
+                _move_by_sgd(weights, states, group, config, refused)
             else:
-                _move_by_adam(weights, states, group, config)
+                _move_by_adam(weights, states, group, config, refused)
 
-    def _finite(self) -> bool:
+    def _finite(self) -> Tensor:
         """Whether all gradients are. Each rank sees the same reduced gradients here; ZeRO 1-3 checks its own shares."""
         gradients = [
             weight.grad for group in self.param_groups for weight in group["params"] if weight.grad is not None
         ]
-        return not gradients or bool(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all())
+        return torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all() if gradients else _TRUE
 
     def state_of(self, weight: Tensor, rule: str) -> dict[str, Tensor]:
         """A weight's state tensors, made of zeros where there are none yet."""
@@ -82,16 +82,22 @@ class PartOptimizer(torch.optim.Optimizer):
         if not state:
             state.update({key: torch.zeros_like(weight) for key in STATE_KEYS[rule]})
             if rule == "adam":
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
         return state
 
 
-def _move_by_sgd(weights: list[Tensor], states: list[dict[str, Tensor]], group: dict, config: SgdGroup) -> None:
+_TRUE = torch.tensor(True)
+
+
+def _move_by_sgd(
+    weights: list[Tensor], states: list[dict[str, Tensor]], group: dict, config: SgdGroup, refused: Tensor
+) -> None:
     sgd(
         weights,
         [weight.grad for weight in weights],  # type: ignore[misc]
         [state["momentum_buffer"] for state in states],
-        foreach=True,
+        fused=True,
+        found_inf=refused,
         weight_decay=group["weight_decay"],
         momentum=config.momentum,
         lr=group["lr"],
@@ -101,7 +107,9 @@ def _move_by_sgd(weights: list[Tensor], states: list[dict[str, Tensor]], group: 
     )
 
 
-def _move_by_adam(weights: list[Tensor], states: list[dict[str, Tensor]], group: dict, config: AdamGroup) -> None:
+def _move_by_adam(
+    weights: list[Tensor], states: list[dict[str, Tensor]], group: dict, config: AdamGroup, refused: Tensor
+) -> None:
     adamw(
         weights,
         [weight.grad for weight in weights],  # type: ignore[misc]
@@ -109,7 +117,8 @@ def _move_by_adam(weights: list[Tensor], states: list[dict[str, Tensor]], group:
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
-        foreach=True,
+        fused=True,
+        found_inf=refused,
         amsgrad=False,
         beta1=config.betas[0],
         beta2=config.betas[1],

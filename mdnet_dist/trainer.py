@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mdnet_dist.checkpoint import (
     Progress,
@@ -39,6 +41,7 @@ from mdnet_dist.distributed import (
     on_first,
     raise_together,
     rank,
+    sum_on_hosts,
     sum_over_ranks,
     world_size,
 )
@@ -91,6 +94,10 @@ whether training goes on, on every rank the same."""
 class StepReport:
     """What one step measured, over all ranks."""
 
+    step: int  # optimiser steps done with it
+    beta: float  # that it took
+    eta: float
+    rates: dict[str, float]  # learning rates, by part
     loss_m: float  # mean over the labelled images of the global batch
     loss_l: float  # mean over its real tokens
     gradient_norm_m: float  # of dL_M with respect to D's map, before it is scaled
@@ -101,6 +108,20 @@ class StepReport:
     waited_seconds: float  # for data, this rank
     keys: list[str]  # of the images that this rank read; empty for one that is damaged
     damaged: list[str]  # what is wrong with those, over all ranks (`Batch.damaged`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launched:
+    """A step that the device may still be computing."""
+
+    known: dict[str, Any]  # fields of its `StepReport` that are known already
+    labelled: int  # images of the global batch
+    tokens: int
+    measured: Tensor  # (7) on the CPU: what `_MEASURED` names; filled when `computed` has come
+    computed: torch.cuda.Event | None  # None: it is there
+
+
+_MEASURED = ("loss_m", "loss_l", "squared_norm_m", "squared_norm_l", "stops", "eta", "moved")
 
 
 class Trainer:
@@ -176,10 +197,15 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
         """One update of the weights from the next global batch."""
+        return self._report(self._launch(batches))
+
+    def _launch(self, batches: Iterator[Batch]) -> _Launched:
+        """Tell the device to compute a step. Nothing here waits for it, so that it always has something to do."""
         train, ranks = self.config.train, world_size()
         fraction = (self.step + 0.5) / self.steps
         self.engine.optimizer.schedule(fraction)
-        self.network.blend.set(self.beta, self.current_eta)
+        beta, eta = self.beta, self.current_eta
+        self.network.blend.set(beta, eta)
 
         pieces = micro_batches(train.global_batch, train.micro_batch, ranks, rank())
         self._begin(f"reading the data of step {self.step + 1}")
@@ -191,11 +217,11 @@ class Trainer:
         images = sum(int((batch.labels != NO_LABEL).sum()) for batch in fetched)
         words = sum(int(batch.lengths.sum()) for batch in fetched)
         messages = [message for batch in fetched for message in batch.damaged]
-        counts = sum_over_ranks(torch.tensor([images, words, problem is not None, len(messages)], device=self.device))
-        labelled, tokens = counts[:2].clamp(min=1)
-        if counts[2]:
+        labelled, tokens, problems, all_damaged = sum_on_hosts([images, words, problem is not None, len(messages)])
+        labelled, tokens = max(1, labelled), max(1, tokens)
+        if problems:
             raise_together(problem)
-        damaged = [message for part in gather(messages) for message in part] if counts[3] else []
+        damaged = [message for part in gather(messages) for message in part] if all_damaged else []
 
         sums = torch.zeros(2, device=self.device)
         before = self.engine.running_statistics()
@@ -216,31 +242,48 @@ class Trainer:
                 self.engine.micro_batch_done()
 
         stop = torch.tensor([float(self._stop is not None and self._stop.received)], device=self.device)
-        measured = torch.cat([sums, self.network.blend.squared_norms, stop])
-        loss_m, loss_l, squared_m, squared_l, stops = sum_over_ranks(measured).tolist()
-        finite = all(map(math.isfinite, (loss_m, loss_l, squared_m, squared_l)))
+        measured = sum_over_ranks(torch.cat([sums, self.network.blend.squared_norms, stop]))
         change = self.engine.mean_over_ranks(change)
-        moved = self.engine.micro_batch_done(apply=finite)
-        self.engine.set_running_statistics(before + change if moved else before)
+        finite = measured[:4].isfinite().all()
+        moved = self.engine.micro_batch_done(finite)
+        self.engine.set_running_statistics(torch.where(moved, before + change, before))
+        self.eta.update(torch.where(finite, measured[2:4].double().sqrt() / ranks, math.nan))
         self.step += 1
         self.epoch_end_due = self.step % self.data.steps_per_epoch == 0
+        taken = torch.tensor([eta], dtype=torch.float64) if isinstance(eta, float) else eta.reshape(1)
+        measured, computed = _to_host(torch.cat([measured.double(), taken.to(self.device), moved[None].double()]))
+        known = {
+            "step": self.step,
+            "beta": beta,
+            "rates": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
+            "waited_seconds": waited,
+            "keys": [key for batch in fetched for key in batch.keys],
+            "damaged": damaged,
+        }
+        return _Launched(known=known, labelled=labelled, tokens=tokens, measured=measured, computed=computed)
+
+    def _report(self, launched: _Launched) -> StepReport:
+        """What a step measured, as soon as the device has computed it; to be asked of each step, in their order."""
+        if launched.computed:
+            launched.computed.synchronize()
+        measured = dict(zip(_MEASURED, launched.measured.tolist()))
+        squares = measured["squared_norm_m"], measured["squared_norm_l"]
+        finite = all(map(math.isfinite, (measured["loss_m"], measured["loss_l"], *squares)))
+        norms = [math.sqrt(square) / world_size() if finite else math.nan for square in squares]
+        moved = bool(measured["moved"])
         self.updates += moved
         self.bad_steps = 0 if moved else self.bad_steps + 1
-        report = StepReport(
-            loss_m=loss_m / float(labelled),
-            loss_l=loss_l / float(tokens),
-            gradient_norm_m=math.sqrt(squared_m) / ranks if finite else math.nan,
-            gradient_norm_l=math.sqrt(squared_l) / ranks if finite else math.nan,
+        return StepReport(
+            **launched.known,
+            eta=measured["eta"],
+            loss_m=measured["loss_m"] / launched.labelled,
+            loss_l=measured["loss_l"] / launched.tokens,
+            gradient_norm_m=norms[0],
+            gradient_norm_l=norms[1],
             finite=finite,
             moved=moved,
-            stop=stops > 0,
-            waited_seconds=waited,
-            keys=[key for batch in fetched for key in batch.keys],
-            damaged=damaged,
+            stop=measured["stops"] > 0,
         )
-        if finite:
-            self.eta.update(report.gradient_norm_m, report.gradient_norm_l)
-        return report
 
     @property
     def beta(self) -> float:
@@ -248,8 +291,8 @@ class Trainer:
         return beta_at(self.config.blend.beta, (self.step + 0.5) / self.steps)
 
     @property
-    def current_eta(self) -> float:
-        """eta of the coming step."""
+    def current_eta(self) -> float | Tensor:
+        """eta of the coming step; () where it follows from what the device has measured."""
         eta = self.config.blend.eta
         return self.eta.eta if isinstance(eta, str) else eta_at(eta, (self.step + 0.5) / self.steps)
 
@@ -317,66 +360,78 @@ class Trainer:
                 return
             if self.step < self.steps:
                 batches = self.data.training_batches(self.config, self.step, self.steps, self.device.type == "cuda")
-                self._train(iter(batches), progress, tracker, on_validation)
+                self.train_until(self.steps, iter(batches), progress, tracker, on_validation)
         finally:
             progress.close()
 
-    def _train(
+    def train_until(
         self,
+        last_step: int,
         batches: Iterator[Batch],
         progress: ProgressBar,
-        tracker: Tracker | None,
-        on_validation: OnValidation | None,
+        tracker: Tracker | None = None,
+        on_validation: OnValidation | None = None,
     ) -> None:
-        every, save_every = self.config.train.log_every_steps, self.config.train.checkpoint_every_steps
-        since, waited, logged = time.monotonic(), 0.0, self.step
-        while self.step < self.steps:
-            beta, eta = self.beta, self.current_eta
+        """Train up to a step, as `train`."""
+        save_every = self.config.train.checkpoint_every_steps
+        pace = _Pace(self.step)
+        launched: list[_Launched] = []
+        while self.step < last_step:
             if self.step % self.data.steps_per_epoch == 0:
                 self._damage.begin(self.data.samples)
-            report = self.train_step(batches)
-            waited += report.waited_seconds
-            if report.damaged:
-                self._count_damage(report)
-            if self.step % every == 0 or self.step == self.steps:
-                seconds = time.monotonic() - since
-                speed = (self.step - logged) * self.config.train.global_batch / seconds
-                measured = self._last_measured = self._measured(report, beta, eta, speed, waited / seconds)
-                since, waited, logged = time.monotonic(), 0.0, self.step
-                if tracker:
-                    tracker.log_metrics(measured, self.step)
-                progress.step_done(self.step, _as_text(measured))
-            else:
-                progress.step_done(self.step, {})
-            if self.config.train.ledger:
-                self._note(SAMPLES, report)
-            if not report.moved:
-                self._skipped(report)
-            if report.stop:
+            launched.append(self._launch(batches))
+            saves = save_every > 0 and self.step % save_every == 0
+            # A GPU has the next step to compute while its last one is looked at, except where something comes between.
+            ahead = self.device.type == "cuda" and not (saves or self.epoch_end_due or self.step == last_step)
+            stop = False
+            while len(launched) > ahead:
+                stop |= self._step_done(launched.pop(0), pace, progress, tracker)
+            if stop:
+                while launched:
+                    self._step_done(launched.pop(0), pace, progress, tracker)
                 raise self._preempted()
             paused = time.monotonic()
             if self.epoch_end_due and not self._end_of_epoch(tracker, on_validation):
                 return
-            if save_every and self.step % save_every == 0 and self._saved_step != self.step:
+            if saves and self._saved_step != self.step:
                 self.save(None)
-            since += time.monotonic() - paused
+            pace.since += time.monotonic() - paused
 
-    def _measured(
-        self, report: StepReport, beta: float, eta: float, images_per_second: float, wait_share: float
-    ) -> dict[str, float]:
-        rates = {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+    def _step_done(self, launched: _Launched, pace: _Pace, progress: ProgressBar, tracker: Tracker | None) -> bool:
+        """Log a step and heed what it says; returns whether some rank was told to stop."""
+        report = self._report(launched)
+        pace.waited += report.waited_seconds
+        if report.damaged:
+            self._count_damage(report)
+        if report.step % self.config.train.log_every_steps == 0 or report.step == self.steps:
+            seconds = time.monotonic() - pace.since
+            speed = (report.step - pace.logged) * self.config.train.global_batch / seconds
+            measured = self._last_measured = self._measured(report, speed, pace.waited / seconds)
+            pace.since, pace.waited, pace.logged = time.monotonic(), 0.0, report.step
+            if tracker:
+                tracker.log_metrics(measured, report.step)
+            progress.step_done(report.step, _as_text(measured))
+        else:
+            progress.step_done(report.step, {})
+        if self.config.train.ledger:
+            self._note(SAMPLES, report)
+        if not report.moved:
+            self._skipped(report)
+        return report.stop
+
+    def _measured(self, report: StepReport, images_per_second: float, wait_share: float) -> dict[str, float]:
         return {
             "train/loss_m": report.loss_m,
             "train/loss_l": report.loss_l,
-            "train/beta": beta,
-            "train/eta": eta,
+            "train/beta": report.beta,
+            "train/eta": report.eta,
             "train/gradient_norm_m": report.gradient_norm_m,
             "train/gradient_norm_l": report.gradient_norm_l,
-            "train/skipped_steps": float(self.step - self.updates),
+            "train/skipped_steps": float(report.step - self.updates),
             "speed/images_per_second": images_per_second,
             "speed/data_wait_share": wait_share,
             "speed/peak_memory_gib": peak_memory_gib(self.device),
-            **rates,
+            **{f"lr/{name}": rate for name, rate in report.rates.items()},
             **({"data/damaged": float(self._damage.damaged)} if self.config.data.damaged == "skip" else {}),
         }
 
@@ -388,18 +443,18 @@ class Trainer:
         """
         new = self._damage.add(self.config.train.global_batch, report.damaged)
         for message in new:
-            say(f"step {self.step}: left out: {message}")
+            say(f"step {report.step}: left out: {message}")
         if new:
-            on_first(lambda: StepLog(self.folder / DAMAGED).append(self.step, messages=new))
+            on_first(lambda: StepLog(self.folder / DAMAGED).append(report.step, messages=new))
         self._damage.check()
 
     def _skipped(self, report: StepReport) -> None:
         what = "a gradient" if report.finite else "the loss"
-        say(f"step {self.step}: {what} is not finite; all ranks skip it ({self.bad_steps} in a row)")
+        say(f"step {report.step}: {what} is not finite; all ranks skip it ({self.bad_steps} in a row)")
         self._note(BAD_STEPS, report, loss_m=str(report.loss_m), loss_l=str(report.loss_l))
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise TrainingFailed(
-                f"{self.bad_steps} steps in a row had a loss or gradient that is not finite, up to step {self.step}; "
+                f"{self.bad_steps} steps in a row had a loss or gradient that is not finite, up to step {report.step}; "
                 f"{self.folder / BAD_STEPS} names their images; lower the learning rates, or continue from "
                 f"{self.folder}/checkpoints"
             )
@@ -407,7 +462,7 @@ class Trainer:
     def _note(self, name: str, report: StepReport, **fields: str) -> None:
         """Write the images of the step just done, over all ranks, into a file of the run's folder. Collective."""
         keys = [key for keys in gather(report.keys) for key in keys]
-        on_first(lambda: StepLog(self.folder / name).append(self.step, keys=keys, **fields))
+        on_first(lambda: StepLog(self.folder / name).append(report.step, keys=keys, **fields))
 
     def _preempted(self) -> Preempted:
         """Save, and say so. Collective."""
@@ -608,6 +663,26 @@ class Trainer:
         """Free what the engine holds, and the run's folder; another Trainer may follow in this process."""
         self.engine.close()
         self._held.close()
+
+
+@dataclass
+class _Pace:
+    """Since the last logged step."""
+
+    logged: int  # that step
+    since: float = field(default_factory=time.monotonic)  # when it was, pauses for scoring and saving left out
+    waited: float = 0.0  # seconds, for data
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start copying a few numbers to the CPU, and what tells when they are there."""
+    if values.device.type != "cuda":
+        return values, None
+    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    there.copy_(values, non_blocking=True)
+    computed = torch.cuda.Event()
+    computed.record()
+    return there, computed
 
 
 def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], InputError | None]:

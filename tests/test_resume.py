@@ -283,14 +283,14 @@ def train_on_what_is_not_finite(shards: Path, runs: Path) -> dict[str, Any]:
 
     trainer._images = spoilt  # type: ignore[method-assign]
     before: dict[int, np.ndarray] = {}
-    step_of = trainer.train_step
+    launch = trainer._launch
 
-    def train_step(batches: Any) -> Any:
-        report = step_of(batches)
+    def launched(batches: Any) -> Any:
+        step = launch(batches)
         before[trainer.step] = trainer.engine.running_statistics().numpy()
-        return report
+        return step
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer._launch = launched  # type: ignore[method-assign]
     with pytest.raises(TrainingFailed) as failed, trainer.watched():
         trainer.train()
     scored = trainer.evaluate(trainer.data.validation).metrics["loss_l"]

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -208,12 +209,12 @@ def test_the_trainer_asks_in_the_middle_of_each_step() -> None:
     }
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.steps, trainer.eta = RunConfig.model_validate(values), 2, EtaBalance(0.9)
-    trainer.eta.update(3.0, 1.0)
+    trainer.eta.update(torch.tensor([3.0, 1.0], dtype=torch.float64))
     for trainer.step, eta in ((0, 2.0), (1, 8.0)):
-        assert trainer.current_eta == pytest.approx(eta)
+        assert float(trainer.current_eta) == pytest.approx(eta)
     for given_eta, eta in (("balanced", 3.0), (5.0, 5.0)):
         trainer.config = RunConfig.model_validate({**values, "blend": {"eta": given_eta}})
-        assert trainer.current_eta == pytest.approx(eta)
+        assert float(trainer.current_eta) == pytest.approx(eta)
 
 
 NORMS = st.floats(0.02, 100)  # the clamp is far
@@ -228,41 +229,41 @@ def test_eta_of_steady_norms_is_their_ratio_from_the_first_step(norm_m: float, n
     """Both running norms start at 0 and so carry the same bias, which the ratio is free of."""
     balance = EtaBalance(memory)
     for _ in range(3):
-        balance.update(norm_m, norm_l)
-        assert balance.eta == pytest.approx(norm_m / norm_l, rel=1e-9)
+        balance.update(torch.tensor([norm_m, norm_l], dtype=torch.float64))
+        assert float(balance.eta) == pytest.approx(norm_m / norm_l, rel=1e-9)
 
 
 @given(NORMS, NORMS)
 def test_at_beta_one_half_both_losses_weigh_alike(norm_m: float, norm_l: float) -> None:
     balance = EtaBalance(0.98)
-    balance.update(norm_m, norm_l)
+    balance.update(torch.tensor([norm_m, norm_l], dtype=torch.float64))
     beta = 0.5
-    assert (1 - beta) * norm_m == pytest.approx(beta * balance.eta * norm_l, rel=1e-9)
+    assert (1 - beta) * norm_m == pytest.approx(beta * float(balance.eta) * norm_l, rel=1e-9)
 
 
 def test_eta_follows_a_change_at_the_pace_of_its_memory() -> None:
     balance = EtaBalance(0.9)
     for _ in range(200):
-        balance.update(2.0, 1.0)
+        balance.update(torch.tensor([2.0, 1.0], dtype=torch.float64))
     for step in range(1, 51):
-        balance.update(4.0, 1.0)
-        assert balance.eta == pytest.approx(4 - 2 * 0.9**step, rel=1e-6)
+        balance.update(torch.tensor([4.0, 1.0], dtype=torch.float64))
+        assert float(balance.eta) == pytest.approx(4 - 2 * 0.9**step, rel=1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e300), st.floats(0, 1e300)), max_size=20), st.floats(0, 0.999))
 def test_eta_is_clamped_whatever_was_measured(norms: list[tuple[float, float]], memory: float) -> None:
     balance = EtaBalance(memory)
     for norm_m, norm_l in norms:
-        balance.update(norm_m, norm_l)
+        balance.update(torch.tensor([norm_m, norm_l], dtype=torch.float64))
     assert 1 / EtaBalance.LARGEST <= balance.eta <= EtaBalance.LARGEST
-    assert math.isfinite(balance.eta)
+    assert balance.eta.isfinite()
 
 
 def test_eta_continues_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, first = EtaBalance(0.97), EtaBalance(0.97)
     for step in range(20):
-        whole.update(1 / (step + 1), step / 7)
-        first.update(1 / (step + 1), step / 7)
+        whole.update(torch.tensor([1 / (step + 1), step / 7], dtype=torch.float64))
+        first.update(torch.tensor([1 / (step + 1), step / 7], dtype=torch.float64))
     progress = Progress(
         step=20,
         updates=20,
@@ -276,6 +277,6 @@ def test_eta_continues_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Pa
     second = EtaBalance(0.97)
     second.norms = read_progress(save_checkpoint(tmp_path, progress, {}, {})).eta_norms
     for step in range(20, 40):
-        whole.update(1 / (step + 1), step / 7)
-        second.update(1 / (step + 1), step / 7)
+        whole.update(torch.tensor([1 / (step + 1), step / 7], dtype=torch.float64))
+        second.update(torch.tensor([1 / (step + 1), step / 7], dtype=torch.float64))
         assert whole.eta == second.eta

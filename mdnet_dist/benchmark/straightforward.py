@@ -26,7 +26,7 @@ class Straightforward:
 
     def __init__(self, network: MDNet, config: OptimizerConfig, beta: float = 0.5, eta: float = 1.0) -> None:
         self.network, self.beta, self.eta = network, beta, eta
-        self.optimizers = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         for name, part in network.parts().items():
             group = getattr(config, name)
             if isinstance(group, SgdGroup):

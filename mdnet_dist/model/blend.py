@@ -49,8 +49,8 @@ class GradientBlend(nn.Module):
         self.register_buffer("eta", torch.tensor(1.0), persistent=False)
         self.register_buffer("squared_norms", torch.zeros(2), persistent=False)
 
-    def set(self, beta: float, eta: float) -> None:
-        """Set both for the coming step, and forget the norms of the last one."""
+    def set(self, beta: float, eta: float | Tensor) -> None:
+        """Set both for the coming step, and forget the norms of the last one. Args: eta: a number, or ()."""
         self.beta.fill_(beta)
         self.eta.fill_(eta)
         self.squared_norms.zero_()
