@@ -515,8 +515,12 @@ class TrainConfig(Section):
     """Most images a rank puts through the network at once; smaller where the ranks' shares of the batch are."""
     seed: Count = 0
     """Of initial weights, sample order, augmentation, report choice and dropout."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights, BatchNorm and optimiser state stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16: autocast; weights, BatchNorm and optimiser state stay fp32. auto: bf16 where the device multiplies matrices
+    of it (GPUs from Ampere on, CPUs with AMX), else fp32; the same seed then scores a little differently elsewhere."""
+    compile: bool = False
+    """torch.compile of the image model: fuses what lies between convolutions. For GPUs; on CPUs it gains nothing. The
+    first step takes a minute or more."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO: 0 replicates all; 1 shards the optimiser's state, 2 gradients too, 3 weights too."""
     clip_norm: NotNegative = 0.0

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import RunConfig
-from mdnet_dist.distributed import local_device, prepare_environment, sum_over_ranks, world_size
+from mdnet_dist.distributed import local_device, on_first, prepare_environment, sum_over_ranks, world_size
 from mdnet_dist.errors import SUPERVISED, InputError, RankLost
+from mdnet_dist.machine import keep_freed_memory
 from mdnet_dist.model.mdnet import Losses, MDNet
 from mdnet_dist.optimizer import STATE_KEYS, PartOptimizer
 from mdnet_dist.plan import accumulation_steps
@@ -46,6 +47,8 @@ def start_processes() -> torch.device:
     """Join the other ranks of this job (or be its only one) and return this rank's device."""
     prepare_environment()
     device = local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     deepspeed = _import_deepspeed()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -64,7 +67,17 @@ def start_processes() -> torch.device:
     return device
 
 
-def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
+def computes_in_bf16(precision: str, device: torch.device) -> bool:
+    """What `train.precision` means on a device."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(has_amx and has_amx())
+
+
+def deepspeed_config(config: RunConfig, ranks: int, *, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary for a run on so many ranks; `config.deepspeed` is merged over it."""
     train = config.train
     pieces = accumulation_steps(train.global_batch, train.micro_batch, ranks)
@@ -87,7 +100,7 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
         # It would wait for the GPU before and after each step.
         "timers": {"throughput": {"enabled": False}},
     }
-    if train.precision == "bf16":
+    if bf16:
         # DeepSpeed's own bf16 mode casts weights but not BatchNorm's buffers; autocast keeps both in fp32.
         generated["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return _merged(generated, config.deepspeed)
@@ -109,7 +122,8 @@ class Engine:
         if device.type == "cuda" and ranks > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.device = device
-        self.autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        bf16 = on_first(lambda: computes_in_bf16(config.train.precision, device))
+        self.autocast_dtype = torch.bfloat16 if bf16 else None
         self._zero_stage = config.train.zero_stage
         self._averages_statistics = device.type == "cpu" and ranks > 1
         self.optimizer = PartOptimizer(
@@ -120,11 +134,13 @@ class Engine:
         # channels last, and convolutions follow their input.
         self._plain = copy.deepcopy(network).cpu() if self._zero_stage == 3 else None
         network = network.to(device)
+        if config.train.compile:
+            network.image_model.compile()
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=network,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, ranks),
+                config=deepspeed_config(config, ranks, bf16=bf16),
                 dist_init_required=False,
             )
         self._gathered = deepspeed.zero.GatheredParameters

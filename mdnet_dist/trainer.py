@@ -162,6 +162,8 @@ class Trainer:
         self._damage = DamageCount(config.data.most_damaged)
         self._damage.begin(self.data.samples)
         self.eta = EtaBalance(config.blend.eta_memory)
+        # A GPU has the next step to compute while its last one is looked at.
+        self.steps_ahead = 1 if self.device.type == "cuda" else 0
         # The same weights on every rank, whatever was drawn before.
         torch.manual_seed(config.train.seed)
         self.network: MDNet = self.data.card.build()
@@ -381,8 +383,8 @@ class Trainer:
                 self._damage.begin(self.data.samples)
             launched.append(self._launch(batches))
             saves = save_every > 0 and self.step % save_every == 0
-            # A GPU has the next step to compute while its last one is looked at, except where something comes between.
-            ahead = self.device.type == "cuda" and not (saves or self.epoch_end_due or self.step == last_step)
+            # Before something comes between the steps, all of them are looked at.
+            ahead = 0 if saves or self.epoch_end_due or self.step == last_step else self.steps_ahead
             stop = False
             while len(launched) > ahead:
                 stop |= self._step_done(launched.pop(0), pace, progress, tracker)

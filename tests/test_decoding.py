@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mdnet_dist import decoding
 from mdnet_dist.config import LanguageModelConfig
 from mdnet_dist.decoding import Sentences, decode
 from mdnet_dist.model.language_model import LanguageModel, View
@@ -297,15 +300,143 @@ def test_words_that_are_all_alike_give_a_sentence_all_the_same(width: int) -> No
     torch.testing.assert_close(sentences.log_likelihoods, uniform)
 
 
+class Rows(TorchDispatchMode):
+    """How many rows each product with the LSTM's recurrent weights has, and each with those of the output."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.stepped: list[int] = []
+        self.spoken: list[int] = []
+        self.asked: list[int] = []  # attention
+        model.query.register_forward_hook(lambda module, inputs, output: self.asked.append(output[..., 0].numel()))
+        model.output.register_forward_hook(lambda module, inputs, output: self.spoken.append(output[..., 0].numel()))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.addmm.default and args[2].shape == (CONFIG.hidden, 4 * CONFIG.hidden):
+            self.stepped.append(len(made))
+        return made
+
+
 def test_finished_sentences_stop_costing() -> None:
     model, view = case(0)
-    rows: list[int] = []
-    model.lstm.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    lengths = lengths_of(decode(model, view, 30))
+    with Rows(model) as rows:
+        lengths = lengths_of(decode(model, view, 30))
     longest = int(lengths.max())
     assert len(set(lengths.flatten().tolist())) > 2 and longest < 30
-    assert rows[0] == B * K  # the topics
-    assert rows[1:] == [int((lengths > t).sum()) for t in range(longest)]
+    live = [int((lengths > t).sum()) for t in range(longest)]
+    assert live[0] == B * K
+    assert rows.stepped == rows.spoken == rows.asked == live
+
+
+def growing_beams(next_word: NextWord, max_tokens: int, width: int) -> list[int]:
+    """How many beams of a plain search have not ended before each step, up to where it can be stopped.
+
+    It can where the best of the ended beams will win: it has the largest total, so that it stays, and no other can
+    reach its mean even if it grew to full length at no cost.
+    """
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    counts = []
+    for _ in range(max_tokens):
+        growing = [(total, said) for total, said in beams if END not in said]
+        ended = [(total / len(said), total) for total, said in beams if END in said]
+        best = max(growing, default=(-torch.inf, []))[0]
+        if not growing or (ended and max(ended)[1] > best and max(ended)[0] > best / max_tokens):
+            break
+        counts.append(len(growing))
+        candidates = [beam for beam in beams if END in beam[1]]
+        for total, said in growing:
+            likelihoods = next_word(said)
+            candidates += [(total + float(likelihoods[word]), [*said, word]) for word in sayable(len(likelihoods))]
+        beams = sorted(candidates, key=lambda candidate: -candidate[0])[:width]
+    return counts
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_ended_beams_and_decided_searches_stop_costing(number: int) -> None:
+    model, view = case(number, images=3)
+    with Rows(model) as rows:
+        decode(model, view, MAX_TOKENS, 3)
+    counts = [growing_beams(next_word_of(model, view, b, k), MAX_TOKENS, 3) for b in range(3) for k in range(K)]
+    expected = [sum(step) for step in itertools.zip_longest(*counts, fillvalue=0)]
+    assert rows.stepped == rows.spoken == rows.asked == expected
+    assert sum(expected) < 0.9 * len(expected) * 3 * K * 3, "no beam ended early"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_looking_every_few_steps_what_has_ended_changes_nothing(
+    number: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where ended beams go on costing until the host looks."""
+    model, view = case(number)
+    expected = decode(model, view, MAX_TOKENS, width)
+    monkeypatch.setattr(decoding, "_steps_between_looks", lambda device: 3)
+    sentences = decode(model, view, MAX_TOKENS, width)
+    assert torch.equal(sentences.tokens, expected.tokens)
+    torch.testing.assert_close(sentences.log_likelihoods, expected.log_likelihoods, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sentences.attention, expected.attention, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("numbers", [1, 3 * P * CONFIG.attention, 1 << 30])
+def test_however_many_maps_are_looked_at_together_nothing_changes(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, view = case(0)
+    expected = decode(model, view, MAX_TOKENS, 2)
+    monkeypatch.setattr(decoding, "NUMBERS_IN_CACHE", numbers)
+    sentences = decode(model, view, MAX_TOKENS, 2)
+    assert torch.equal(sentences.tokens, expected.tokens)
+    torch.testing.assert_close(sentences.attention, expected.attention, rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_are_done_are_left_out_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is halved three times: all of its images still say what they say alone."""
+    model, view = case(3)
+    alone = decode(model, view, 12)
+    assert lengths_of(alone).amax(1).tolist() == [12, 5, 12, 6, 1]
+    images = torch.tensor([4, 1, 4, 4, 3, 4, 1, 1, 4, 4, 0, 1, 4, 4, 3, 4, 1, 3, 4, 1])
+    left: list[int] = []
+    take = decoding._Maps._take
+
+    def watched_take(self: Any, images: Tensor) -> None:
+        left.append(len(images))
+        take(self, images)
+
+    monkeypatch.setattr(decoding._Maps, "_take", watched_take)
+    together = decode(model, View(*(part[images] for part in view)), 12)
+    assert left == [10, 4, 1]
+    assert torch.equal(together.tokens, alone.tokens[images])
+    torch.testing.assert_close(together.attention, alone.attention[images], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [4 * B * K, 4 * B * K + 1])
+def test_large_vocabularies_have_no_table_of_words(words: int) -> None:
+    """Both ways in which words enter the LSTM."""
+    model = opinionated_model(2, words, end_bias=4.0)
+    view = look(model)
+    sentences = decode(model, view, 4)
+    for b, k in itertools.product(range(2), range(K)):
+        assert sentences.tokens[b, k].tolist() == padded(greedy_search(next_word_of(model, view, b, k), 4), 4)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("without", ["attention", "sharpening"])
+def test_models_without_attention_or_sharpening_say_what_training_says(without: str, width: int) -> None:
+    torch.manual_seed(3)
+    config = CONFIG.model_copy(update={"attention": 0}) if without == "attention" else CONFIG
+    model = LanguageModel(config, C, K, V, sharpness=0.0).eval()
+    generator = torch.Generator().manual_seed(2)
+    features = torch.rand(B, C, 3, 3, generator=generator)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+        sentences = decode(model, model.look(features, None), MAX_TOKENS, width)
+        told = model(features, None, sentences.tokens[:, None], lengths_of(sentences)[:, None])
+        losses = model.word_losses(told).sum(1)
+    torch.testing.assert_close(-sentences.log_likelihoods.sum((1, 2)), losses, rtol=1e-4, atol=1e-4)
+    attention = told.attention(sentences.tokens[:, None])[:, 0]
+    torch.testing.assert_close(sentences.attention, attention, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 3])

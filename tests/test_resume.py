@@ -442,3 +442,36 @@ def take_the_folder(shards: Path, runs: Path) -> str:
 def test_a_run_has_one_job_at_a_time(tmp_path: Path, shards: Path) -> None:
     [told] = run_ranks(take_the_folder, 1, shards, tmp_path / "runs")
     assert told == f"{tmp_path / 'runs' / 'tiny'}: another job still works there; wait for it, or stop it"
+
+
+def test_looking_at_steps_one_later_changes_nothing(tmp_path: Path, shards: Path) -> None:
+    """As on a GPU: the host tells of a step when the next has been launched. The run is the same to the bit."""
+    changes = {
+        "train.epochs": 2,
+        "train.log_every_steps": 1,
+        "blend.eta": "balanced",
+        "train.checkpoint_every_steps": 2,
+    }
+    runs: list[tuple[list[dict[str, float]], dict[str, torch.Tensor], list[int]]] = []
+    for ahead in (0, 1):
+        trainer = Trainer(tiny_config(shards, tmp_path / str(ahead), changes), with_test=False)
+        trainer.steps_ahead = ahead
+        tracker = _Told()
+        trainer.train(tracker)  # type: ignore[arg-type]
+        runs.append((tracker.points, trainer.engine.weights(), [trainer.step, trainer.updates, trainer.bad_steps]))
+        trainer.close()
+    (points, weights, counts), (late_points, late_weights, late_counts) = runs
+    assert points == late_points and len(points) == 2 * STEPS_PER_EPOCH + 2
+    assert counts == late_counts
+    assert all(torch.equal(value, late_weights[name]) for name, value in weights.items())
+
+
+class _Told:
+    """Stands in for a tracker: what it is told, but for speeds."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        told = {name: value for name, value in metrics.items() if not name.startswith("speed/")}
+        self.points.append({"step": step, **told})

@@ -117,5 +117,5 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _lstm_flops(name: str, read: Sequence[Tensor]) -> int:
     rows = read[0].shape[0] * read[0].shape[1]
-    weights = sum(tensor.numel() for tensor in read[1:] if tensor.dim() == 2)
+    weights = sum(tensor.numel() for tensor in read[1:3])  # for the input and for the state
     return 2 * rows * weights * _LSTM_PASSES[name]

@@ -14,38 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdnet_dist.config import OptimizerConfig, SgdGroup
+from mdnet_dist.benchmark.plain import torch_optimizers
+from mdnet_dist.config import OptimizerConfig
 from mdnet_dist.data import Batch
 from mdnet_dist.model.language_model import LanguageModel
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
+from mdnet_dist.schedules import learning_rate_factor
 from mdnet_dist.vocabulary import PAD, START
 
 
 class Straightforward:
     """An `MDNet` trained in the straightforward way."""
 
-    def __init__(self, network: MDNet, config: OptimizerConfig, beta: float = 0.5, eta: float = 1.0) -> None:
-        self.network, self.beta, self.eta = network, beta, eta
-        self.optimizers: list[torch.optim.Optimizer] = []
-        for name, part in network.parts().items():
-            group = getattr(config, name)
-            if isinstance(group, SgdGroup):
-                nesterov = group.nesterov and group.momentum > 0
-                self.optimizers.append(
-                    torch.optim.SGD(
-                        part.parameters(), group.lr, group.momentum, weight_decay=group.weight_decay, nesterov=nesterov
-                    )
-                )
-            else:
-                self.optimizers.append(
-                    torch.optim.AdamW(part.parameters(), group.lr, group.betas, weight_decay=group.weight_decay)
-                )
+    def __init__(
+        self, network: MDNet, config: OptimizerConfig, *, beta: float = 0.5, eta: float = 1.0, clip_norm: float = 0.0
+    ) -> None:
+        self.network, self.beta, self.eta, self.clip_norm = network, beta, eta, clip_norm
+        self._groups = [getattr(config, name) for name in network.parts()]
+        self.optimizers = torch_optimizers(network, config)
+
+    def schedule(self, fraction: float) -> None:
+        """Set the rates for the step at this fraction of training."""
+        for group, optimizer in zip(self._groups, self.optimizers):
+            optimizer.param_groups[0]["lr"] = group.lr * learning_rate_factor(group.schedule, fraction)
 
     def step(self, images: Tensor, batch: Batch) -> None:
         """One update of the weights from images (B, 3, H, W) in NCHW, normalised, and their labels and reports."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.backward(images, batch)
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
 

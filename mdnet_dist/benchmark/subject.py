@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,7 +60,7 @@ class Subject:
         """What the network is given, as `Trainer` makes it: normalised, channels last."""
         return self.data.card.normalise(batch.images).contiguous(memory_format=torch.channels_last)
 
-    def changed(self, **sections: dict[str, object]) -> Subject:
+    def changed(self, **sections: Mapping[str, object]) -> Subject:
         """With other values: changed(data={"reports_per_image": 5})."""
         update = {name: getattr(self.config, name).model_copy(update=values) for name, values in sections.items()}
         return replace(self, config=self.config.model_copy(update=update))
