@@ -111,7 +111,7 @@ def _enlarged(share: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.
 
 def _best_iou(large: NDArray[np.float64], mask: NDArray[np.bool_]) -> float:
     """Intersection over union at the best threshold, among all that separate two values of the map."""
-    order = np.argsort(-large, axis=None, kind="stable")
+    order = np.argsort(-large, axis=None)  # cuts never part what is equal, so its order does not matter
     values, inside = large.ravel()[order], mask.ravel()[order].cumsum()
     above = np.arange(1, len(values) + 1)
     cuts = np.append(values[1:] < values[:-1] * (1 - _TIE), True)  # what is equal lies on one side
