@@ -10,19 +10,23 @@ Shapes: B images, R reports, K topics, T tokens, S px the side of an image.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mdnet_dist.augment import augment
+from mdnet_dist.augment import augment, draw
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.errors import InputError, LoaderLost
-from mdnet_dist.images import decode_image, decode_mask, fit_to_square
+from mdnet_dist.images import decode_image, decode_mask, fit_picture
 from mdnet_dist.model.mdnet import NO_LABEL
 from mdnet_dist.plan import epoch_order, evaluation_batches, micro_batches, reading_horizon, steps_per_epoch
 from mdnet_dist.reading import Damaged, RawSample, Skipping, read_in_order
@@ -51,12 +55,36 @@ class Batch:
         move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "labels", "tokens")}
         return replace(self, **move)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a loader process hands a batch over: all in one piece of shared memory.
+
+        For each such piece the receiver asks the sender, and for a message that a pipe does not hold at once it waits
+        for the sender, who is busy with the next batch: a few milliseconds each.
+        """
+        others = {name: getattr(self, name) for name in ("keys", "records", "masks", "damaged")}
+        numbers = {name: getattr(self, name).numpy() for name in ("labels", "tokens", "lengths")}
+        pixels = self.images.permute(0, 2, 3, 1).flatten()
+        rest = torch.frombuffer(bytearray(pickle.dumps((others, numbers), protocol=5)), dtype=torch.uint8)
+        return _received, (torch.cat([pixels, rest]), self.images.shape)
+
     def pin_memory(self) -> Batch:
         """Called by the DataLoader, so that copies to a GPU need not wait."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", "labels", "tokens")})
 
 
+def _received(together: Tensor, shape: torch.Size) -> Batch:
+    """What `Batch.__reduce__` put together; it comes from a process of this one's, like every item of a DataLoader."""
+    B, _, S, _ = shape
+    others, numbers = pickle.loads(together[shape.numel() :].numpy().tobytes())  # noqa: S301
+    fields: dict[str, Any] = {**others, **{name: torch.from_numpy(values) for name, values in numbers.items()}}
+    return Batch(images=together[: shape.numel()].view(B, S, S, 3).permute(0, 3, 1, 2), **fields)
+
+
 # ------------------------------------------------------------------------------------------------ decoded examples
+
+
+MOST_KNOWN_SENTENCES = 1 << 14
+"""Whose numbers an `Encoder` keeps: of a million words or less."""
 
 
 class Encoder:
@@ -70,14 +98,25 @@ class Encoder:
         self.topics = list(topics)
         self.class_numbers = {name: number for number, name in enumerate(classes)}
         self.vocabulary = vocabulary
+        self._known: dict[str, list[int]] = {}
+
+    def picture(self, raw: bytes, where: str) -> Image.Image:
+        """Decode and fit to the square that the network sees, RGB."""
+        return fit_picture(decode_image(raw, where), self.config.image_size, self.config.fit)
 
     def image(self, raw: bytes, where: str) -> np.ndarray:
-        """Decode and fit to the square that the network sees: (S, S, 3) uint8."""
-        return fit_to_square(decode_image(raw, where), self.config.image_size, self.config.fit)
+        """The same as an array (S, S, 3) uint8."""
+        return np.asarray(self.picture(raw, where))
 
     def sentence(self, text: str) -> list[int]:
-        """Numbers of a sentence's tokens, END behind them; cut to the configured length."""
-        return self.vocabulary.encode(tokenize(text))[: self.config.max_tokens]
+        """Numbers of a sentence's tokens, END behind them; cut to the configured length. The list is not to change."""
+        numbers = self._known.get(text)
+        if numbers is None:
+            numbers = self.vocabulary.encode(tokenize(text))[: self.config.max_tokens]
+            if len(self._known) == MOST_KNOWN_SENTENCES:
+                self._known.clear()
+            self._known[text] = numbers
+        return numbers
 
     def sentences(self, report: Report) -> list[list[int]]:
         """Each sentence that the network says of a report, by topic or all in one; empty where the report has none."""
@@ -101,31 +140,39 @@ class Encoder:
     def collate(
         self,
         samples: Sequence[RawSample],
-        images: Sequence[np.ndarray],
+        images: np.ndarray,
         reports: Sequence[list[Report]],
         damaged: Sequence[str] = (),
     ) -> Batch:
-        """Put examples together, or none. Args: reports: of each image, the chosen {topic: sentence}."""
+        """Put examples together, or none.
+
+        Args:
+            images: (B, S, S, 3) uint8.
+            reports: of each image, the chosen {topic: sentence}.
+        """
         encoded = [[self.sentences(report) for report in chosen] for chosen in reports]
-        B, R, K, S = len(samples), max([1, *map(len, encoded)]), len(self.sentences({})), self.config.image_size
-        T = max([1, *(len(sentence) for chosen in encoded for report in chosen for sentence in report)])
-        tokens = np.full((B, R, K, T), PAD, dtype=np.int64)
-        lengths = np.zeros((B, R, K), dtype=np.int64)
-        for b, chosen in enumerate(encoded):
-            for r, report in enumerate(chosen):
-                for k, sentence in enumerate(report):
-                    tokens[b, r, k, : len(sentence)] = sentence
-                    lengths[b, r, k] = len(sentence)
+        nothing = self.sentences({})
+        B, R, K = len(samples), max([1, *map(len, encoded)]), len(nothing)
+        padded = [[*chosen, *[nothing] * (R - len(chosen))] for chosen in encoded]
+        lengths = np.array([[list(map(len, report)) for report in chosen] for chosen in padded], dtype=np.int64)
+        lengths = lengths.reshape(B, R, K)
+        tokens = np.full((B, R, K, max(1, lengths.max(initial=0))), PAD, dtype=np.int64)
+        said = chain.from_iterable(chain.from_iterable(chain.from_iterable(padded)))
+        tokens[np.arange(tokens.shape[-1]) < lengths[..., None]] = list(said)
         return Batch(
             keys=[sample.key for sample in samples],
             records=[sample.record for sample in samples],
-            images=torch.from_numpy(np.array(images, dtype=np.uint8).reshape(B, S, S, 3)).permute(0, 3, 1, 2),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
             labels=torch.tensor([self.label(sample.record, sample.where) for sample in samples], dtype=torch.long),
             tokens=torch.from_numpy(tokens),
             lengths=torch.from_numpy(lengths),
             masks=[sample.mask for sample in samples],
             damaged=list(damaged),
         )
+
+    def room(self, samples: int) -> np.ndarray:
+        """Memory for the images of a batch: (samples, S, S, 3) uint8, of no value yet."""
+        return np.empty((samples, self.config.image_size, self.config.image_size, 3), dtype=np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------- damage
@@ -138,8 +185,8 @@ def skipping_of(config: DataConfig, left_out: Mapping[str, str] | None = None) -
 
 def decoded(
     encoder: Encoder, sample: RawSample | Damaged, skipping: Skipping | None, *, with_mask: bool
-) -> tuple[RawSample, np.ndarray] | Damaged:
-    """A sample and its picture (S, S, 3) uint8, or what is wrong with it.
+) -> tuple[RawSample, Image.Image] | Damaged:
+    """A sample and its picture, a square in RGB, or what is wrong with it.
 
     Raises:
         InputError: without `skipping`, instead of `Damaged`.
@@ -147,7 +194,7 @@ def decoded(
     if isinstance(sample, Damaged):
         return sample
     try:
-        image = encoder.image(sample.image, sample.where)
+        image = encoder.picture(sample.image, sample.where)
         encoder.label(sample.record, sample.where)
         if with_mask and sample.mask is not None:
             decode_mask(sample.mask, sample.where)
@@ -239,22 +286,27 @@ class TrainingStream(IterableDataset):
             yield self._batch([next(samples) for _ in numbers], epoch)
 
     def _batch(self, read: list[RawSample | Damaged], epoch: int) -> Batch:
-        samples, images, damaged = [], [], []
+        # One kind of work for all images, then the next (`mdnet_dist.augment` says why).
+        decoding = [decoded(self.encoder, one, self.skipping, with_mask=False) for one in read]
+        images = self.encoder.room(len(read))
+        samples, damaged, pictures, draws, rooms = [], [], [], [], []
         reports: list[list[Report]] = []
-        for one in read:
-            found = decoded(self.encoder, one, self.skipping, with_mask=False)
+        for found, room in zip(decoding, images):
             if isinstance(found, Damaged):
                 damaged.append(found.message)
                 samples.append(_blank(found))
-                images.append(self.blank)
                 reports.append([])
+                room[:] = self.blank
                 continue
-            sample, image = found
+            sample, picture = found
             rng = np.random.default_rng([self.seed, epoch, sample.number])
             samples.append(sample)
-            images.append(augment(image, self.augmentation, rng))
+            pictures.append(picture)
+            draws.append(draw(self.augmentation, rng))
+            rooms.append(room)
             chosen = rng.permutation(len(sample.record.reports))[: self.encoder.config.reports_per_image]
             reports.append([sample.record.reports[i] for i in chosen])
+        augment(pictures, draws, self.augmentation, rooms)
         return self.encoder.collate(samples, images, reports, damaged)
 
 
@@ -294,7 +346,9 @@ class EvaluationStream(IterableDataset):
         for numbers in batches:
             found = [decoded(self.encoder, next(read), self.skipping, with_mask=True) for _ in numbers]
             whole = [one for one in found if not isinstance(one, Damaged)]
-            samples, images = [sample for sample, _ in whole], [image for _, image in whole]
+            samples, images = [sample for sample, _ in whole], self.encoder.room(len(whole))
+            for room, (_, image) in zip(images, whole):
+                room[:] = np.asarray(image)
             damaged = [one.message for one in found if isinstance(one, Damaged)]
             yield self.encoder.collate(samples, images, [sample.record.reports for sample in samples], damaged)
 

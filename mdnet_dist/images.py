@@ -89,28 +89,33 @@ def decode_mask(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArray
 
 def fit_to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
     """Make an RGB image a square of `size` px, (size, size, 3) uint8, by `DataConfig.fit`."""
+    return np.asarray(fit_picture(image, size, fit))
+
+
+def fit_picture(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """As `fit_to_square`, for those that go on with Pillow; a picture that fits already is given back."""
     return _fit(image, size, fit, Image.Resampling.BILINEAR, border=None)
 
 
 def fit_mask_to_square(mask: np.ndarray, size: int, fit: str) -> np.ndarray:
     """Move a mask (h, w) as `fit_to_square` moves its image: (size, size) bool, outside on the border."""
-    return _fit(Image.fromarray(mask.astype(np.uint8)), size, fit, Image.Resampling.NEAREST, border=0).astype(bool)
+    grey = _fit(Image.fromarray(mask.astype(np.uint8)), size, fit, Image.Resampling.NEAREST, border=0)
+    return np.asarray(grey).astype(bool)
 
 
-def _fit(image: Image.Image, size: int, fit: str, resampling: Image.Resampling, border: int | None) -> np.ndarray:
+def _fit(image: Image.Image, size: int, fit: str, resampling: Image.Resampling, border: int | None) -> Image.Image:
     width, height = image.size
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     if fit != "pad" or width == height:
-        return np.asarray(image if image.size == (size, size) else image.resize((size, size), resampling))
+        return image if image.size == (size, size) else image.resize((size, size), resampling)
     scale = size / max(width, height)
-    pixels = np.asarray(image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling))
-    square = np.empty((size, size, *pixels.shape[2:]), dtype=np.uint8)
-    square[:] = pixels.mean((0, 1)).astype(np.uint8) if border is None else border
-    top, left = (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2
-    square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    small = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling)
+    colour = tuple(np.asarray(small).mean((0, 1)).astype(int).tolist()) if border is None else border
+    square = Image.new(image.mode, (size, size), colour)
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     return square
 
 
@@ -191,7 +196,9 @@ def _open(raw: bytes, where: str, max_pixels: int) -> Any:
         raise InputError(
             f"{where}: {width} x {height} = {width * height:,} pixels, more than the {max_pixels:,} that are read"
         )
-    scans = raw.count(b"\xff\xda") if reader is JpegImageFile else 1
+    scans = len(raw) // 2 if reader is JpegImageFile else 1  # at most: counting takes time
+    if scans * width * height > MAX_SCANS * MAX_PIXELS and reader is JpegImageFile:
+        scans = raw.count(b"\xff\xda")
     if scans * width * height > MAX_SCANS * MAX_PIXELS:
         raise InputError(f"{where}: {scans:,} scans of {width} x {height} pixels, which would take very long")
     return image
@@ -213,7 +220,7 @@ _QUIET = threading.Lock()
 
 def _upright(image: Any, raw: bytes) -> Any:
     """The image with its pixels read, turned as its file says; only TIFF, animated PNG and EXIF warn."""
-    if image.format == "TIFF" or b"acTL" in raw:
+    if image.format == "TIFF" or (image.format == "PNG" and b"acTL" in raw):
         with quiet():
             image.load()
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
+import zlib
 from typing import Any
 
 MAX_MEMBER_BYTES = 1 << 28
@@ -13,8 +15,34 @@ MAX_HEADER_BYTES = 1 << 20
 READING_FAILS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
 """What Python's tar reader raises at a damaged tar, or one that means harm."""
 
+_PLAIN_HEADER = re.compile(
+    rb"""(?P<name>[!-~]+) \0+  (?<=\A[\s\S]{100})  # printable ASCII in the first 100 bytes
+    (?:[0-7]{7}\0){3}  # mode, user, group
+    (?P<size>[0-7]{11}) \0  [0-7]{11} \0  # the second is when it was changed
+    (?P<checksum>[0-7]{6}) \0\x20
+    0 \0{100}  # a file, no link
+    ustar (?:\x0000|\x20\x20\0)  [\s\S]{64}  # magic, names of user and group
+    (?:[0-7]{7}\0|\0{8}){2}  \0{167}  # no device, no name in two parts""",
+    re.VERBOSE,
+)
+
 _OF_ALL = (tarfile.XGLTYPE,)
 _OF_ONE = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+def read_plain_header(header: bytes) -> tuple[str, int] | None:
+    """Name and size of a member whose header says nothing but those of a plain file, much faster than `tarfile` does.
+
+    Returns:
+        None for any other header, and for one that is damaged or cut off: those are left to `tarfile`.
+    """
+    found = _PLAIN_HEADER.fullmatch(header)
+    if found is None:
+        return None
+    checksum = 8 * ord(" ") - sum(header[148:156])  # of the header with spaces in its place
+    for half in (header[:256], header[256:]):
+        checksum += (zlib.adler32(half) & 0xFFFF) - 1  # of 256 bytes that is their sum
+    return (found["name"].decode("ascii"), int(found["size"], 8)) if checksum == int(found["checksum"], 8) else None
 
 
 class PlainTarInfo(tarfile.TarInfo):

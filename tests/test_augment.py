@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from mdnet_dist.augment import STAINS, _restain, augment
+from mdnet_dist.augment import STAINS, Draw, _restain, augment, draw
 from mdnet_dist.config import AugmentConfig
 
 SIZE = 12
@@ -22,12 +24,121 @@ def picture(seed: int = 0, size: int = SIZE) -> np.ndarray:
 
 
 def changed(image: np.ndarray, seed: int, **changes: Any) -> np.ndarray:
-    before = image.copy()
-    result = augment(image, AugmentConfig(**changes), np.random.default_rng(seed))
-    assert np.array_equal(image, before), "the caller's image was changed"
-    assert (result.shape, result.dtype) == (image.shape, np.uint8)
-    assert result.flags.c_contiguous
+    config, given = AugmentConfig(**changes), Image.fromarray(image)
+    result = np.empty_like(image)
+    augment([given], [draw(config, np.random.default_rng(seed))], config, [result])
+    assert np.array_equal(np.asarray(given), image), "the caller's image was changed"
     return result
+
+
+def restained(image: np.ndarray, haematoxylin: float, eosin: float) -> np.ndarray:
+    result = image.copy()
+    _restain(result, haematoxylin, eosin)
+    return result
+
+
+# ------------------------------------------------------------------------------------ as the changes were first written
+
+
+def drawn_as_first_written(config: AugmentConfig, rng: np.random.Generator) -> tuple[Any, ...]:
+    turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    shift = np.floor(rng.random(2) * (2 * config.shift_px + 1)).astype(int) - config.shift_px
+    return turns, mirrored, shift, rng.standard_normal(2), rng.standard_normal()
+
+
+def changed_as_first_written(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Step by step in double precision, each step rounded: slow, and what the changes mean."""
+    turns, mirrored, shift, stain, brightness = drawn_as_first_written(config, rng)
+    if config.quarter_turns:
+        image = np.rot90(image, turns)
+    if config.mirror and mirrored:
+        image = image[:, ::-1]
+    if config.shift_px:
+        margin = int(np.abs(shift).max())
+        padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
+        top, left = margin + shift
+        image = padded[top : top + image.shape[0], left : left + image.shape[1]]
+    if config.stain:
+        strengths = np.maximum([*(1 + config.stain * stain), 1.0], 0)
+        density = -np.log((image.astype(float) + 1) / 256) @ np.linalg.inv(STAINS) @ np.diag(strengths) @ STAINS
+        image = np.rint(np.clip(256 * np.exp(-density) - 1, 0, 255)).astype(np.uint8)
+    if config.brightness:
+        image = np.rint(np.clip(image * max(0.0, 1 + config.brightness * brightness), 0, 255)).astype(np.uint8)
+    return image
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 2, 3, 8, 12, 20, 33]),
+    st.fixed_dictionaries(
+        {
+            "mirror": st.booleans(),
+            "quarter_turns": st.booleans(),
+            "shift_px": st.integers(0, 40),
+            "stain": st.one_of(st.just(0.0), st.floats(0.01, 1)),
+            "brightness": st.one_of(st.just(0.0), st.floats(0.01, 1)),
+        }
+    ),
+)
+def test_images_are_those_first_written_but_for_one_grey_level(seed: int, size: int, changes: dict[str, Any]) -> None:
+    image, config = picture(seed, size), AugmentConfig(**changes)
+    expected = changed_as_first_written(image, config, np.random.default_rng(seed))
+    difference = np.abs(changed(image, seed, **changes).astype(int) - expected)
+    assert difference.max() <= (1 if config.stain else 0)
+
+
+@pytest.mark.parametrize("size", [128, 224])
+def test_every_colour_of_a_large_image_is_within_one_grey_level(size: int) -> None:
+    image = np.resize(all_colours(), (size, size, 3))
+    changes: dict[str, Any] = {"mirror": True, "quarter_turns": True, "shift_px": 8, "stain": 0.1, "brightness": 0.05}
+    for seed in range(5):
+        expected = changed_as_first_written(image, AugmentConfig(**changes), np.random.default_rng(seed))
+        assert np.abs(changed(image, seed, **changes).astype(int) - expected).max() <= 1
+
+
+def test_the_same_seeds_give_the_same_draws_as_ever() -> None:
+    """And leave the generator where it was left: the choice of reports follows from it."""
+    for seed in range(200):
+        config = AugmentConfig(shift_px=seed % 20)
+        one, other = np.random.default_rng([seed, 3]), np.random.default_rng([seed, 3])
+        turns, mirrored, shift, stain, brightness = drawn_as_first_written(config, one)
+        assert draw(config, other) == Draw(
+            turns=turns,
+            mirrored=mirrored,
+            down=shift[0],
+            right=shift[1],
+            haematoxylin=stain[0],
+            eosin=stain[1],
+            brightness=brightness,
+        )
+        assert one.random() == other.random()
+
+
+def test_the_number_of_threads_does_not_show() -> None:
+    """Loader processes have one thread; training without them has all."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(changed(picture(1, 224), 1, stain=0.2, brightness=0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_images_do_not_depend_on_their_neighbours() -> None:
+    config = AugmentConfig(**CHANGES)
+    images = [picture(seed) for seed in range(5)]
+    together = [np.empty_like(image) for image in images]
+    draws = [draw(config, np.random.default_rng(seed)) for seed in range(5)]
+    augment([Image.fromarray(image) for image in images], draws, config, together)
+    for seed, result in enumerate(together):
+        assert np.array_equal(result, changed(images[seed], seed, **CHANGES))
+
+
+# ------------------------------------------------------------------------------------------------- what they are to do
 
 
 def every_choice(choices: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +224,7 @@ def all_colours() -> np.ndarray:
 
 
 def test_restaining_by_a_factor_of_1_changes_nothing() -> None:
-    assert np.array_equal(_restain(all_colours(), np.ones(2)), all_colours())
+    assert np.array_equal(restained(all_colours(), 1.0, 1.0), all_colours())
     assert np.array_equal(changed(all_colours(), 0, stain=1e-9), all_colours())
 
 
@@ -127,7 +238,7 @@ def test_restaining_multiplies_the_amounts_of_the_stains() -> None:
     amounts = rng.uniform(0.2, 0.8, (SIZE, SIZE, 2))
     density = amounts @ STAINS[:2]
     image = np.rint(256 * np.exp(-density) - 1).astype(np.uint8)
-    result = _restain(image, np.array([1.4, 0.5]))
+    result = restained(image, 1.4, 0.5)
     found = np.linalg.lstsq(STAINS[:2].T, -np.log((result.reshape(-1, 3) + 1.0) / 256).T, rcond=None)[0].T
     assert np.abs(found - amounts.reshape(-1, 2) * [1.4, 0.5]).max() < 0.03
 
