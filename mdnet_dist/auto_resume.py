@@ -17,16 +17,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
-from mdnet_dist.config import RunConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.machine import count_gpus
-from mdnet_dist.run_folder import existing_run_folder, new_run_folder
 from mdnet_dist.side_by_side import Devices
 from mdnet_dist.signals import handled_by, launcher_is_gone
 from mdnet_dist.supervisor import supervise
+
+if TYPE_CHECKING:  # pydantic, which `--help` does without
+    from mdnet_dist.config import RunConfig
 
 POLL_SECONDS = 0.5
 _AGAIN = "--resume"
@@ -124,6 +126,8 @@ def _launched_ranks(options: argparse.Namespace) -> int | None:
 def _run_folder(config: RunConfig, resume: bool) -> tuple[Path, bool]:
     """The folder of the run, and whether it was there already. A scheduler that starts the same command again, with
     --resume, has one run: the first time there is none to continue."""
+    from mdnet_dist.run_folder import existing_run_folder, new_run_folder
+
     if resume and (Path(config.runs_folder) / config.name).is_dir():
         return existing_run_folder(config), True
     return new_run_folder(config), False
