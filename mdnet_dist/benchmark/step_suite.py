@@ -241,9 +241,9 @@ def _language_model(subject: Subject, *, bf16: bool) -> list[Row]:
         Row(
             value=largest,
             name="largest tensor kept for backward",
-            unit="x B K R P hidden",
-            target=1.0,
-            note="R=5; a straightforward program keeps one of that size for each word",
+            unit="of B K R T P hidden",
+            target=0.1,
+            note="R=5; a program that keeps one of B K R P hidden for every word has 1",
             **fields,
         ),
     ]
@@ -273,7 +273,7 @@ def _without_language(subject: Subject, *, bf16: bool) -> Callable[[], None]:
 
 
 def _largest_kept(subject: Subject, network: MDNet, batch: Batch, *, bf16: bool) -> float:
-    """The largest piece of memory that L keeps for the backward pass, in numbers of fp32 by B K R P hidden."""
+    """The largest piece of memory that L keeps for the backward pass, in numbers of fp32 by B K R T P hidden."""
     assert network.language_model is not None
     with torch.no_grad(), torch.autocast(subject.device.type, torch.bfloat16, enabled=bf16):
         seen = network.see(subject.images_of(batch))
@@ -288,6 +288,4 @@ def _largest_kept(subject: Subject, network: MDNet, batch: Batch, *, bf16: bool)
     with hooks, torch.autocast(subject.device.type, torch.bfloat16, enabled=bf16):
         told = network.language_model(features, seen.sharpening_map, batch.tokens, batch.lengths)
         network.language_model.word_losses(told).sum()
-    B, R, K, _ = batch.tokens.shape
-    positions = features[0, 0].numel()
-    return max(kept) / (B * R * K * positions * network.language_model.lstm.hidden_size)
+    return max(kept) / (batch.tokens.numel() * features[0, 0].numel() * network.language_model.lstm.hidden_size)

@@ -87,10 +87,17 @@ class _AttentionScores(torch.autograd.Function):
             grad_weight += grad_part.flatten() @ hidden.flatten(0, 2)
             hidden.square_()
             squares_of_queries.append((grad_part[:, :, None] @ hidden).squeeze(2))
-            squares_of_keys += hidden.mul_(grad_part[..., None]).sum(1)
+            if hidden.shape[1] <= _FEW:  # a sum over a short dimension is slow on the CPU
+                for one in range(hidden.shape[1]):
+                    squares_of_keys.addcmul_(hidden[:, one], grad_part[:, one, :, None])
+            else:
+                squares_of_keys += hidden.mul_(grad_part[..., None]).sum(1)
         grad_keys = (grad.sum(1)[..., None] - squares_of_keys) * weight
         grad_queries = (grad.sum(2)[..., None] - torch.cat(squares_of_queries, 1)) * weight
         return grad_keys, grad_queries, grad_weight
+
+
+_FEW = 8
 
 
 def _slices(keys: Tensor, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
