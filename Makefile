@@ -1,4 +1,4 @@
-# make train | test | quick | soak | ui | lint | format | docs | clean. Everything lives in .venv and runs, both inside the checkout.
+# make train | test | quick | soak | bench | ui | lint | format | docs | clean. Everything lives in .venv and runs, both inside the checkout.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch compiles DeepSpeed operators with the ninja that lies there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test quick soak ui lint format docs venv clean
+.PHONY: train test quick soak bench ui lint format docs venv clean
 
 train: venv $(DATA)/manifest.json
 	@$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
@@ -31,6 +31,11 @@ test: venv lint
 soak: venv
 	MDNET_SOAK=1 $(RUN) -m pytest tests/test_soak.py tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_checkpoint.py tests/test_damage.py --durations 10
 	@$(RUN) -m tests.soak
+
+# Ratios of things that run in turn, on this machine; nothing else should run on it. A table, and JSON in runs/benchmark.
+bench: venv $(DATA)/manifest.json
+	@$(RUN) -m mdnet_dist.metrics.wordnet runs/nltk_data
+	@$(RUN) launch/benchmark.py --short
 
 quick: venv
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
