@@ -17,7 +17,7 @@ from tests.tiny import tiny_config, tiny_set
 def subject(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Subject:
     folder = tmp_path_factory.mktemp("data")
     tiny_set(folder / "shards")
-    monkeypatch.setattr(data_suite, "STEP_SECONDS", {"cpu": 0.01, "cuda": 0.01})
+    monkeypatch.setattr(data_suite, "seconds_of_a_step", lambda subject: 0.01)
     return Subject("tiny", tiny_config(folder / "shards", folder / "runs"), short=True)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from mdnet_dist.augment import augment, draw
 from mdnet_dist.benchmark.rows import Row
+from mdnet_dist.benchmark.step_suite import seconds_of_a_step
 from mdnet_dist.benchmark.subject import Subject
 from mdnet_dist.benchmark.timing import Spread, in_turn
 from mdnet_dist.config import AugmentConfig
@@ -30,21 +31,20 @@ MOST_IMAGES = 1024
 """In one repetition: an epoch of a small set."""
 STAGE_IMAGES = 256
 """In one repetition of a stage: their pixels are in memory."""
-STEP_SECONDS = {"cpu": 0.25, "cuda": 0.03}
-"""About what a step of the demo takes on two cores, and one of 64 images of 224 px on a GPU."""
 WAIT_SHARE = 0.02
 """Of a step that may pass until its data are there."""
 
 
 def measure(subject: Subject) -> list[Row]:
     """The rows of a configuration."""
+    step_seconds = seconds_of_a_step(subject)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rows = _speed(subject)
     finally:
         torch.set_num_threads(before)
-    return [*rows, _handing_over(subject)]
+    return [*rows, _handing_over(subject, step_seconds)]
 
 
 def stream_of(subject: Subject, augmentation: AugmentConfig, steps: int, seed: int = 0) -> TrainingStream:
@@ -137,9 +137,8 @@ def _bare(raw: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
 
 
-def _handing_over(subject: Subject) -> Row:
+def _handing_over(subject: Subject, step_seconds: float) -> Row:
     """What the process that trains spends on a batch that a loader process has ready."""
-    step_seconds = STEP_SECONDS[subject.device.type]
     steps = 12 if subject.short else 40
     stream = stream_of(subject, subject.config.augment, steps + 3)
     with _batches(stream, subject.device.type == "cuda") as batches:
@@ -159,7 +158,7 @@ def _handing_over(subject: Subject) -> Row:
         unit="",
         target=WAIT_SHARE,
         better="less",
-        note=f"1 worker; the step is a sleep of {step_seconds} s",
+        note=f"1 worker; the step is a sleep as long as one, {step_seconds:.3f} s",
     )
 
 
