@@ -81,7 +81,7 @@ def answers_of(network: MDNet, card: ModelCard, images: Tensor, beam_width: int 
         network: in evaluation mode.
         images: (B, 3, S, S) uint8, on the network's device.
     """
-    seen = network.see(card.normalise(images).contiguous(memory_format=torch.channels_last))
+    seen = network.see(card.normalise(images))
     logits = seen.logits.float()
     model = network.language_model
     words: list[dict[str, list[str]]] = [{} for _ in images]

@@ -299,7 +299,7 @@ class Trainer:
         return self.eta.eta if isinstance(eta, str) else eta_at(eta, (self.step + 0.5) / self.steps)
 
     def _images(self, batch: Batch) -> torch.Tensor:
-        return self.data.card.normalise(batch.images).contiguous(memory_format=torch.channels_last)
+        return self.data.card.normalise(batch.images)
 
     # --------------------------------------------------------------------------------------------------------- loop
 

@@ -253,3 +253,16 @@ def test_weights_that_are_not_finite_are_refused(value: float, run: Path) -> Non
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.json: No such file or directory"):
         load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("size", [(1, 7), (4, 32)])
+def test_images_are_normalised_channel_by_channel(size: tuple[int, int]) -> None:
+    """To the bit as the formula says, and channels last in memory, as convolutions want it."""
+    images, side = size
+    card = a_card()
+    pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values).mul(255).view(1, 3, 1, 1) for values in (card.image_mean, card.image_std))
+    found = card.normalise(pixels)
+    assert torch.equal(found, (pixels.float() - mean) / std)
+    assert torch.equal(card.normalise(pixels.contiguous()), found)
+    assert found.is_contiguous(memory_format=torch.channels_last)

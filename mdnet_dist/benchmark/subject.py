@@ -58,7 +58,7 @@ class Subject:
 
     def images_of(self, batch: Batch) -> torch.Tensor:
         """What the network is given, as `Trainer` makes it: normalised, channels last."""
-        return self.data.card.normalise(batch.images).contiguous(memory_format=torch.channels_last)
+        return self.data.card.normalise(batch.images)
 
     def changed(self, **sections: Mapping[str, object]) -> Subject:
         """With other values: changed(data={"reports_per_image": 5})."""

@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
         B, R, K, T = tokens.shape
         view = self.look(features, sharpening_map)
         lengths = lengths.reshape(B, R * K)
-        if not int(lengths.sum()):  # every parameter must get a gradient on every rank: say one PAD, which counts nothing
+        if not int(lengths.sum()):  # every weight must get a gradient on every rank: say one PAD, which counts nothing
             lengths = F.pad(lengths[:, 1:], (1, 0), value=1)
         told = lengths.flatten().nonzero().squeeze(1)  # the sentences that exist
         states = self._states(view, tokens, told)  # (sentences, 1 + T, H)
