@@ -56,6 +56,16 @@ def local_device() -> torch.device:
     return device
 
 
+def computes_in_bf16(precision: str, device: torch.device) -> bool:
+    """What `train.precision` means on a device."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(has_amx and has_amx())
+
+
 def gpus_here() -> int:
     """GPUs of this machine."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

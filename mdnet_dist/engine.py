@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from mdnet_dist.config import RunConfig
-from mdnet_dist.distributed import local_device, on_first, prepare_environment, sum_over_ranks, world_size
+from mdnet_dist.distributed import (
+    computes_in_bf16,
+    local_device,
+    on_first,
+    prepare_environment,
+    sum_over_ranks,
+    world_size,
+)
 from mdnet_dist.errors import SUPERVISED, InputError, RankLost
 from mdnet_dist.machine import keep_freed_memory
 from mdnet_dist.model.mdnet import Losses, MDNet
@@ -65,16 +72,6 @@ def start_processes() -> torch.device:
                 f"port {port} is taken, by another job perhaps; choose one: deepspeed --master_port {int(port) + 1} ..."
             ) from error
     return device
-
-
-def computes_in_bf16(precision: str, device: torch.device) -> bool:
-    """What `train.precision` means on a device."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(has_amx and has_amx())
 
 
 def deepspeed_config(config: RunConfig, ranks: int, *, bf16: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mdnet_dist.console import say
-from mdnet_dist.distributed import is_first, on_first, world_size
+from mdnet_dist.distributed import computes_in_bf16, is_first, on_first, world_size
 from mdnet_dist.engine import start_processes
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluation import Evaluation, evaluate, reliability_of
@@ -86,7 +86,7 @@ def evaluate_run(request: Request) -> Result:
         f"{request.run}, {weights}: {images} images of {data.manifest.name}, {request.part}, "
         f"on {world_size()} {device.type.upper()} rank{'s' if world_size() > 1 else ''}"
     )
-    bf16 = config.train.precision == "bf16"  # the arithmetic that training validates with
+    bf16 = computes_in_bf16(config.train.precision, device)  # the arithmetic that training validates with
     with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
         evaluation = evaluate(
             network,

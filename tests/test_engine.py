@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdnet_dist.engine import computes_in_bf16, deepspeed_config
+from mdnet_dist.distributed import computes_in_bf16
+from mdnet_dist.engine import deepspeed_config
 from mdnet_dist.trainer import Trainer
 from tests.tiny import tiny_config, tiny_set
 

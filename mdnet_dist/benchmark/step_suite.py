@@ -29,7 +29,7 @@ from mdnet_dist.benchmark.subject import Subject
 from mdnet_dist.benchmark.timing import Spread, Times, in_turn, wait_for
 from mdnet_dist.console import Progress
 from mdnet_dist.data import Batch
-from mdnet_dist.engine import computes_in_bf16
+from mdnet_dist.distributed import computes_in_bf16
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.tracking import open_tracker
 from mdnet_dist.trainer import Trainer

@@ -70,7 +70,7 @@ def open_subject(path: str, overrides: Sequence[str], *, short: bool) -> Subject
     """Load a configuration for measuring.
 
     One step is one micro-batch: on a CPU at most `MICRO_BATCH_ON_CPU` images of 200 px and more, else
-    `train.micro_batch`.
+    `train.micro_batch`. On a CPU one loader process reads.
 
     Raises:
         InputError: as `load_config`.
@@ -81,4 +81,5 @@ def open_subject(path: str, overrides: Sequence[str], *, short: bool) -> Subject
     if local_device().type == "cpu" and config.data.image_size >= 200:
         batch = min(batch, MICRO_BATCH_ON_CPU)
     subject = Subject(config.name, config, short)
-    return subject.changed(train={"micro_batch": batch, "global_batch": batch})
+    workers = 1 if local_device().type == "cpu" else config.data.workers  # the cores compute
+    return subject.changed(train={"micro_batch": batch, "global_batch": batch}, data={"workers": workers})

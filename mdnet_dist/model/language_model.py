@@ -176,11 +176,15 @@ class LanguageModel(nn.Module):
         return weights.to(view.features.dtype) @ view.features, weights
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
-        """h_t (..., H) and z_t (..., C) -> logits of the words (..., V)."""
-        hidden = self.from_hidden(states)
-        if self.attends:
-            hidden = hidden + self.from_context(contexts)
-        return self.output(self.dropout(torch.tanh(hidden)))
+        """h_t (..., H) and z_t (..., C) -> logits of the words (..., V), in fp32 whatever came before.
+
+        Wordings that are nearly as likely differ by less than bf16 can tell at the size of logits.
+        """
+        with torch.autocast(states.device.type, enabled=False):
+            hidden = self.from_hidden(states.float())
+            if self.attends:
+                hidden = hidden + self.from_context(contexts.float())
+            return self.output(self.dropout(torch.tanh(hidden)))
 
     def forward(self, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor, lengths: Tensor) -> Told:
         """Teacher-forced prediction of given sentences.
