@@ -47,6 +47,7 @@ from mdnet_dist.distributed import (
 )
 from mdnet_dist.engine import Engine, start_processes
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
+from mdnet_dist.eta_balance import EtaBalance
 from mdnet_dist.evaluation import Evaluation, evaluate, main_score, recalibrated, temperature_of
 from mdnet_dist.export import export_model, load_card
 from mdnet_dist.model.mdnet import NO_LABEL, MDNet
@@ -54,7 +55,7 @@ from mdnet_dist.plan import micro_batches
 from mdnet_dist.pretrained import pretrained_weights
 from mdnet_dist.run_data import RunData, open_data
 from mdnet_dist.run_folder import alone_in, existing_run_folder, new_run_folder, write_config, write_scores
-from mdnet_dist.schedules import EtaBalance, beta_at, eta_at
+from mdnet_dist.schedules import beta_at, eta_at
 from mdnet_dist.signals import StopRequest
 from mdnet_dist.step_log import BAD_STEPS, DAMAGED, SAMPLES, StepLog
 from mdnet_dist.storage import place_of_set

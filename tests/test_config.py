@@ -359,7 +359,7 @@ def _required(section: type[Section]) -> dict[str, Any]:
         ("augment.mirror=1", "override 'augment.mirror': must be a valid boolean, but it is 1"),
         ("train.clip_norm=.inf", "override 'train.clip_norm': must be a finite number, but it is inf"),
         ("train.label_smoothing=.nan", "override 'train.label_smoothing': must be a finite number, but it is nan"),
-        ("train.precision=fp16", "override 'train.precision': must be 'fp32' or 'bf16', but it is 'fp16'"),
+        ("train.precision=fp16", "override 'train.precision': must be 'fp32', 'bf16' or 'auto', but it is 'fp16'"),
         ("data.shards=3", "override 'data.shards': must be a valid string, but it is 3"),
         ("name=a/b", "override 'name': must be a string that matches '^[A-Za-z0-9][A-Za-z0-9._-]*$', but it is 'a/b'"),
         ("name=..", "override 'name': must be a string that matches"),

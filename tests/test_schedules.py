@@ -24,7 +24,8 @@ from mdnet_dist.config import (
     ScheduleConfig,
     SigmoidBeta,
 )
-from mdnet_dist.schedules import EtaBalance, beta_at, eta_at, learning_rate_factor
+from mdnet_dist.eta_balance import EtaBalance
+from mdnet_dist.schedules import beta_at, eta_at, learning_rate_factor
 from mdnet_dist.trainer import Trainer
 
 FRACTIONS = st.floats(0, 1)

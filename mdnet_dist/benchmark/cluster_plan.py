@@ -24,18 +24,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from mdnet_dist.config import RunConfig
-from mdnet_dist.console import duration
-from mdnet_dist.cost import as_flops, cost_of
-from mdnet_dist.data import image_statistics, parts_of
 from mdnet_dist.errors import InputError
-from mdnet_dist.export import make_card
 from mdnet_dist.plan import accumulation_steps
-from mdnet_dist.storage import open_source
-from mdnet_dist.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # torch, which `--help` does without
+    from torch import nn
+
+    from mdnet_dist.config import RunConfig
 
 SIZES = (1, 8, 64, 512)
 BYTES_A_WEIGHT = 4  # fp32
@@ -100,6 +97,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
+        """Of the whole step."""
         return self.compute + self.exposed + self.small
 
 
@@ -197,6 +195,8 @@ def plan(
 
 def as_table(planned: Sequence[Planned]) -> str:
     """The plan as people read it."""
+    from mdnet_dist.console import duration
+
     heading = ["GPUs", "nodes", "batch", "step ms", "exposed", "small", "images/s", "efficiency", "storage MB/s"]
     lines = [[*heading, "steps/epoch", "all epochs"]]
     for row in planned:
@@ -276,6 +276,8 @@ def print_plan(config: RunConfig, arguments: argparse.Namespace, measured_second
     Raises:
         InputError: a number that cannot be, or no shard set.
     """
+    from mdnet_dist.cost import as_flops
+
     _check(arguments)
     work, task, flops = _of_config(config)
     seconds = arguments.step_seconds or measured_seconds
@@ -331,11 +333,19 @@ def print_plan(config: RunConfig, arguments: argparse.Namespace, measured_second
 
 def batch_norms_of(network: nn.Module) -> int:
     """Layers that exchange statistics on GPUs."""
-    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return sum(isinstance(module, _BatchNorm) for module in network.modules())
 
 
 def _of_config(config: RunConfig) -> tuple[Work, Task, int]:
     """What follows from the manifest alone: no shard is opened. Seconds an image are for the caller to set."""
+    from mdnet_dist.cost import cost_of
+    from mdnet_dist.data import image_statistics, parts_of
+    from mdnet_dist.export import make_card
+    from mdnet_dist.storage import open_source
+    from mdnet_dist.vocabulary import Vocabulary
+
     manifest = open_source(config.data).manifest()
     train, _, _ = parts_of(manifest, config.data.fold)
     statistics = [manifest.parts[part] for part in train]

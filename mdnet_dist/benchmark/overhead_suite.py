@@ -51,6 +51,7 @@ class Lap:
 
     @property
     def seconds(self) -> float:
+        """From begin to end."""
         return self.ended - self.begun
 
 
@@ -66,6 +67,7 @@ class Memory:
 
     @property
     def needed(self) -> int:
+        """Bytes of all that must be held at once."""
         return self.before + self.gradients + self.activations + self.batch
 
 

@@ -53,6 +53,7 @@ class Steps:
 
     @property
     def seconds(self) -> float:
+        """From begin to end."""
         return self.ended - self.begun
 
     @property

@@ -29,10 +29,12 @@ class Subject:
 
     @cached_property
     def device(self) -> torch.device:
+        """Of one rank here."""
         return local_device()
 
     @cached_property
     def data(self) -> RunData:
+        """Opened at first use."""
         return open_data(self.config)
 
     @property

@@ -176,14 +176,14 @@ class LanguageModel(nn.Module):
         return weights.to(view.features.dtype) @ view.features, weights
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
-        """h_t (..., H) and z_t (..., C) -> logits of the words (..., V), in fp32 whatever came before.
+        """h_t (..., H) and z_t (..., C) -> logits of the words (..., V), in the weights' precision.
 
         Wordings that are nearly as likely differ by less than bf16 can tell at the size of logits.
         """
         with torch.autocast(states.device.type, enabled=False):
-            hidden = self.from_hidden(states.float())
+            hidden = self.from_hidden(states.to(self.output.weight.dtype))
             if self.attends:
-                hidden = hidden + self.from_context(contexts.float())
+                hidden = hidden + self.from_context(contexts.to(self.output.weight.dtype))
             return self.output(self.dropout(torch.tanh(hidden)))
 
     def forward(self, features: Tensor, sharpening_map: Tensor | None, tokens: Tensor, lengths: Tensor) -> Told:
