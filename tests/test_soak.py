@@ -54,15 +54,17 @@ def test_nothing_grows_with_the_epochs(tmp_path: Path) -> None:
     )
     growth_mb = float(np.median(last["memory_mb"]) - np.median(second["memory_mb"]))
     assert growth_mb < MOST_GROWTH_MB, held["memory_mb"]
-    for name in ("open_files", "threads", "children"):
+    for name in ("threads", "children"):
         assert last[name].max() <= second[name].max(), (name, held[name])
+    # A batch on its way from a loader process is an open file; what leaks is there at every look.
+    assert last["open_files"].min() <= second["open_files"].min(), held["open_files"]
     slower = float(np.median(np.diff(last["seconds"])) / np.median(np.diff(second["seconds"])))
     write_figures(
         "epochs",
         {
             "epochs": EPOCHS,
             "memory_mb": {"second quarter": float(np.median(second["memory_mb"])), "growth to the last": growth_mb},
-            "open_files": {"second quarter": int(second["open_files"].max()), "last": int(last["open_files"].max())},
+            "open_files": {"second quarter": int(second["open_files"].min()), "last": int(last["open_files"].min())},
             "seconds_an_epoch_last_to_second_quarter": slower,
         },
     )
