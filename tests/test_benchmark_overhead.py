@@ -133,3 +133,17 @@ def test_a_real_run_is_watched_from_start_to_end(tmp_path: Path) -> None:
     assert all(0 <= one.begun <= one.ended <= found.seconds for one in found.laps)
     rows = values([*start_rows(found, "tiny"), *share_rows(found, config, 6, "tiny")])
     assert 0 < rows["evaluations' share of the run"] < 1
+
+
+def test_a_program_started_by_a_rank_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After another suite this process is a rank, and holds the port that it was given."""
+    from mdnet_dist.benchmark.overhead_suite import outside_of_a_job
+    from mdnet_dist.distributed import prepare_environment
+
+    before = outside_of_a_job()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    prepare_environment()
+    assert outside_of_a_job() == before

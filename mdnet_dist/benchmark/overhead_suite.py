@@ -248,7 +248,7 @@ def watch_run(config: RunConfig, epochs: int) -> Watched:
         program = subprocess.run(
             [sys.executable, "-m", __name__, repr(begun), str(found), str(described)],
             cwd=_checkout(),
-            env={**os.environ, **environment},
+            env={**outside_of_a_job(), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -258,6 +258,12 @@ def watch_run(config: RunConfig, epochs: int) -> Watched:
             raise RuntimeError(f"{PROGRAM} ended with code {program.returncode}:\n{program.stdout[-3000:]}")
         told = json.loads(found.read_text())
     return Watched(laps=[Lap(**lap) for lap in told["laps"]], memory=Memory(**told["memory"]), seconds=seconds)
+
+
+def outside_of_a_job() -> dict[str, str]:
+    """The environment without what makes this process a rank: a program started here is a job of its own."""
+    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in of_a_rank}
 
 
 def _absolute(place: str) -> str:
