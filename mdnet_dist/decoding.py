@@ -267,9 +267,7 @@ class _Maps:
                 hidden = self._hidden[:numbers].view(end - first, rows, P, A)
                 torch.add(self._keys[first:end, None], queries[first:end, :rows, None], out=hidden)
                 scores[first:end, :rows] = (hidden.tanh_().flatten(0, 2) @ model.score.float()).view(-1, rows, P)
-            if model.sharpness:
-                scores = torch.tanh(scores - scores.mean(-1, keepdim=True)) + view.prior[:, None]
-            weights = scores.softmax(-1)
+            weights = model.weights(view, scores)
         contexts = weights.to(view.features.dtype) @ view.features
         return self._rows(contexts), self._rows(weights)
 

@@ -253,8 +253,8 @@ class Trainer:
         self.eta.update(torch.where(finite, measured[2:4].double().sqrt() / ranks, math.nan))
         self.step += 1
         self.epoch_end_due = self.step % self.data.steps_per_epoch == 0
-        taken = torch.tensor([eta], dtype=torch.float64) if isinstance(eta, float) else eta.reshape(1)
-        measured, computed = _to_host(torch.cat([measured.double(), taken.to(self.device), moved[None].double()]))
+        taken = torch.as_tensor(eta, dtype=torch.float64, device=self.device)
+        measured, computed = _to_host(torch.cat([measured.double(), taken[None], moved[None].double()]))
         known = {
             "step": self.step,
             "beta": beta,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -52,8 +51,7 @@ def plain_step(subject: Subject, network: MDNet, *, bf16: bool) -> Callable[[Bat
 
 def loss_of(subject: Subject, network: MDNet, batch: Batch, *, bf16: bool) -> Tensor:
     """L_M + L_L of a batch, each a mean."""
-    autocast = torch.autocast(subject.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with autocast:
+    with torch.autocast(subject.device.type, torch.bfloat16, enabled=bf16):
         losses = network(subject.images_of(batch), batch.labels, batch.tokens, batch.lengths)
     labelled = (batch.labels != NO_LABEL).sum().clamp(min=1)
     return losses.m / labelled + losses.l / max(1, int(batch.lengths.sum()))

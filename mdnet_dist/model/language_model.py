@@ -170,10 +170,14 @@ class LanguageModel(nn.Module):
         queries = self.query(states)
         with torch.autocast(states.device.type, enabled=False):  # tanh and softmax in fp32
             scores = _AttentionScores.apply(view.keys.float(), queries.float(), self.score.float())
-            if self.sharpness:
-                scores = torch.tanh(scores - scores.mean(-1, keepdim=True)) + view.prior[:, None]
-            weights = scores.softmax(-1)
+            weights = self.weights(view, scores)
         return weights.to(view.features.dtype) @ view.features, weights
+
+    def weights(self, view: View, scores: Tensor) -> Tensor:
+        """e_t (B, S, P) -> a_t (B, S, P): sharpened where that is asked for."""
+        if self.sharpness:
+            scores = torch.tanh(scores - scores.mean(-1, keepdim=True)) + view.prior[:, None]
+        return scores.softmax(-1)
 
     def word_logits(self, states: Tensor, contexts: Tensor) -> Tensor:
         """h_t (..., H) and z_t (..., C) -> logits of the words (..., V), in the weights' precision.
