@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import random
 import socket
 import subprocess
 import sys
 
+PORTS = range(20_000, 30_000)
+"""Above what Ray gives to its workers, below what Linux, macOS and Windows give to outgoing connections."""
+
 
 def free_port() -> int:
-    """A port of this machine that no other job has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that no other job has, and that none is likely to get before it is used.
+
+    The system's own choice (port 0) is out of the range of outgoing connections, and a busy machine opens many: one of
+    them may have the port by the time that the ranks of a job have started.
+
+    Raises:
+        OSError: a hundred of them are all taken.
+    """
+    # Not from the generators that experiments seed: jobs that start at once would then look at the same ports.
+    for port in random.SystemRandom().sample(PORTS, k=100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, f"no free port was found from {PORTS[0]} to {PORTS[-1]}")
 
 
 def count_gpus() -> int:

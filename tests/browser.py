@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,6 +14,8 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+
+from mdnet_dist.machine import free_port
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name of an element's key
 START_SECONDS = 60.0
@@ -32,9 +33,7 @@ class Browser:
         driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
         if not driver or not chromium:
             pytest.skip("no Chromium with its chromedriver on this machine")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._address = f"http://127.0.0.1:{port}"
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._driver = subprocess.Popen(

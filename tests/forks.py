@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from launch.train import main as train
-from mdnet_dist.distributed import free_port
+from mdnet_dist.machine import free_port
 from mdnet_dist.program import run_program
 from mdnet_dist.run import run_training as _imported_before_the_forks  # noqa: F401
 from mdnet_dist.tracking import METRICS_NAME

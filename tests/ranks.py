@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from mdnet_dist.machine import free_port
 
 TIMEOUT_SECONDS = 240.0
 """Generous: on a machine that never ran DeepSpeed its first start compiles an operator for about a minute."""
@@ -30,7 +31,7 @@ def run_ranks(
         AssertionError: a rank failed or the time is over; the message holds the rank's traceback.
     """
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     processes: list[Any] = []
     pipes: list[Connection] = []
     for rank in range(ranks):
@@ -67,12 +68,6 @@ def run_ranks(
         for pipe in pipes:
             pipe.close()
     return [results[rank] for rank in range(ranks)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run_rank(

@@ -20,6 +20,8 @@ from tune.records import TrialRecord
 
 TIMEOUT_SECONDS = 900
 """Of a test: Ray starts some ten processes for a trial, which takes long on a busy machine."""
+RAY = {"RAY_worker_niceness": "0"}
+"""Ray starts workers at the lowest priority but four: beside another busy program they would get 3 % of a core."""
 COMMAND = [sys.executable, "launch/tune_beta.py"]
 SPACE = """\
   blend.beta:
@@ -51,7 +53,7 @@ def started(search: Path, *overrides: str, environment: dict[str, str] | None = 
         return subprocess.Popen(
             [*COMMAND, str(search), *overrides],
             cwd=REPOSITORY,
-            env={**_environment(), **(environment or {})},
+            env={**_environment(), **RAY, **(environment or {})},
             stdout=out,
             stderr=err,
             start_new_session=True,

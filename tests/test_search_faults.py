@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.searches import (
+    RAY,
     TIMEOUT_SECONDS,
     assert_nothing_is_left,
     end_session,
@@ -111,10 +112,12 @@ def test_signals_stop_it_cleanly(search: Path, tmp_path: Path, number: signal.Si
 
 
 @pytest.fixture
-def three_machines() -> Iterator[tuple[Any, list[Any]]]:
+def three_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
     """A cluster of raylets on this machine: a head without CPUs, and two nodes with one each."""
     from ray.cluster_utils import Cluster
 
+    for name, value in RAY.items():
+        monkeypatch.setenv(name, value)
     # A machine counts as gone after ten seconds instead of thirty; on busy cores fewer end machines that are there.
     alive = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "_system_config": alive}

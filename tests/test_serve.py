@@ -25,6 +25,7 @@ from data_shards.prepare import open_image
 from launch.mlflow_ui import stop
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, WEIGHTS, load_card
+from mdnet_dist.machine import free_port
 from mdnet_dist.predict_folder import predict_folder
 from mdnet_dist.saved import open_model
 from mdnet_dist.served_model import CODE, needed_files, write_served_model
@@ -222,9 +223,7 @@ def test_signature_and_input_example(saved: Path) -> None:
 @pytest.fixture
 def server(saved: Path, tmp_path: Path) -> Iterator[str]:
     """The address of a real server that has the folder alone: another current folder, no PYTHONPATH."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow starts uvicorn by its name
     command = ["-m", "mlflow", "models", "serve", "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]

@@ -24,6 +24,7 @@ from launch import mlflow_ui
 from mdnet_dist import tracking
 from mdnet_dist.config import TrackingConfig
 from mdnet_dist.errors import InputError
+from mdnet_dist.machine import free_port
 from tests.conftest import REPOSITORY
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -713,12 +714,6 @@ for step in range(1, steps + 1):
     tracker.log_metrics({"loss": 1 / step}, step)
 tracker.close("FINISHED")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
 from mdnet_dist.config import as_yaml, load_config
 from mdnet_dist.export import load_model
+from mdnet_dist.machine import free_port
 from mdnet_dist.tracking import read_metrics
 from tests.conftest import REPOSITORY, shared_data
 from tests.tiny import CLASSES, TOPICS, tiny_config, tiny_set
@@ -27,11 +27,8 @@ TIMEOUT_SECONDS = 280.0
 
 def deepspeed(ranks: int) -> list[str]:
     """The launcher for so many ranks, on a port that no other job has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [sys.executable, launcher, "-q", "--master_port", str(port), "--num_accelerators", str(ranks)]
+    return [sys.executable, launcher, "-q", "--master_port", str(free_port()), "--num_accelerators", str(ranks)]
 
 
 @pytest.fixture(scope="module")
