@@ -25,7 +25,6 @@ from mdnet_dist.distributed import (
     local_device,
     on_first,
     prepare_environment,
-    sum_over_ranks,
     world_size,
 )
 from mdnet_dist.errors import SUPERVISED, InputError, RankLost
@@ -122,7 +121,6 @@ class Engine:
         bf16 = on_first(lambda: computes_in_bf16(config.train.precision, device))
         self.autocast_dtype = torch.bfloat16 if bf16 else None
         self._zero_stage = config.train.zero_stage
-        self._averages_statistics = device.type == "cpu" and ranks > 1
         self.optimizer = PartOptimizer(
             {name: part.parameters() for name, part in network.parts().items()}, config.optimizer
         )
@@ -190,13 +188,6 @@ class Engine:
         parts = values.split([buffer.numel() for buffer in self._statistics])
         with torch.no_grad():
             torch._foreach_copy_(self._statistics, [part.view_as(b) for part, b in zip(parts, self._statistics)])
-
-    def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """The mean over ranks of how the running statistics change, or of themselves. Collective.
-
-        On GPUs SyncBatchNorm keeps them the same; it does not exist on the CPU, where each rank follows its own images.
-        """
-        return sum_over_ranks(values) / world_size() if self._averages_statistics else values
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

@@ -245,8 +245,8 @@ class Trainer:
                 self.engine.micro_batch_done()
 
         stop = torch.tensor([float(self._stop is not None and self._stop.received)], device=self.device)
-        measured = sum_over_ranks(torch.cat([sums, self.network.blend.squared_norms, stop]))
-        change = self.engine.mean_over_ranks(change)
+        totals = sum_over_ranks(torch.cat([sums, self.network.blend.squared_norms, stop, change]))
+        measured, change = totals[: -len(change)], totals[-len(change) :] / ranks
         finite = measured[:4].isfinite().all()
         moved = self.engine.micro_batch_done(finite)
         self.engine.set_running_statistics(torch.where(moved, before + change, before))
