@@ -111,7 +111,7 @@ def _plan(configs: dict[str, list[str]], changes: list[str], arguments: argparse
     from mdnet_dist.benchmark.cluster_plan import print_plan
     from mdnet_dist.benchmark.step_suite import seconds_of_a_step
     from mdnet_dist.benchmark.subject import open_subject
-    from mdnet_dist.config import load_config
+    from mdnet_dist.config_file import load_config
     from mdnet_dist.distributed import local_device
 
     path, start = list(configs.items())[-1]

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 
 from mdnet_dist.errors import InputError, without_password
+from mdnet_dist.mlflow_store import database_path, default_tracking_uri
 from mdnet_dist.program import run_program
-from mdnet_dist.tracking import database_path, default_tracking_uri
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 5000, 100

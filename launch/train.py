@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     check_options(arguments)
 
-    from mdnet_dist.config import as_yaml, load_config
+    from mdnet_dist.config_file import as_yaml, load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.auto_resume is not None:

@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.sweep and arguments.auto_resume is not None:
         raise InputError("--auto-resume: for one run, not with --sweep; a sweep is continued by hand, with --resume")
 
-    from mdnet_dist.config import as_yaml, load_config
+    from mdnet_dist.config_file import as_yaml, load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.auto_resume is not None:

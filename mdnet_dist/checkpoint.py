@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mdnet_dist.config import first_problem
+from mdnet_dist.config_check import first_problem
 from mdnet_dist.console import say
 from mdnet_dist.errors import InputError
 from mdnet_dist.shards import sha256_of

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mdnet_dist.config import RunConfig, Section, describe_field, section_tag, sections_in, tag_key
+from mdnet_dist.config import RunConfig, Section
+from mdnet_dist.config_check import describe_field, section_tag, sections_in, tag_key
 
 INTRODUCTION = """\
 # Configuration

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mdnet_dist.config import RunConfig, as_yaml, flatten, load_config
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml, flatten, load_config
 from mdnet_dist.data import parts_of
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import load_card

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mdnet_dist.config import flatten
+from mdnet_dist.config_file import flatten
 from mdnet_dist.console import duration
 from mdnet_dist.cross_validation import (
     FIGURE,

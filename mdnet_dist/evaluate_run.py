@@ -33,7 +33,8 @@ from mdnet_dist.run_folder import EXPLAINED, METRICS, PICTURES, PREDICTIONS, ref
 from mdnet_dist.saved import open_model, saved_config
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.storage import last_name
-from mdnet_dist.tracking import METRICS_NAME, read_metrics, reopen_tracker
+from mdnet_dist.tracking import reopen_tracker
+from mdnet_dist.tracking_files import METRICS_NAME, read_metrics
 from mdnet_dist.trainer import Result
 
 CONFUSION, CALIBRATION, EVALUATIONS = "confusion.json", "calibration.json", "evaluations"

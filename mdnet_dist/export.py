@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mdnet_dist.config import DataConfig, ModelConfig, RunConfig, first_problem
+from mdnet_dist.config import DataConfig, ModelConfig, RunConfig
+from mdnet_dist.config_check import first_problem
 from mdnet_dist.errors import InputError
 from mdnet_dist.model.mdnet import MDNet
 from mdnet_dist.sentences import REPORT, join_topics, joined_topics, joining_order

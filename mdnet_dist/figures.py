@@ -21,7 +21,7 @@ import numpy as np
 from mdnet_dist.errors import InputError
 from mdnet_dist.metrics.calibration import Reliability
 from mdnet_dist.shards import write_atomically
-from mdnet_dist.tracking import read_metrics
+from mdnet_dist.tracking_files import read_metrics
 
 # Okabe and Ito's palette without black and yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mdnet_dist.config import GoogLeNetImageModel, RunConfig, flatten
+from mdnet_dist.config import GoogLeNetImageModel, RunConfig
+from mdnet_dist.config_file import flatten
 from mdnet_dist.console import say, table
 from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.distributed import is_first, on_first, world_size
@@ -27,7 +28,8 @@ from mdnet_dist.predict import prepare_mask
 from mdnet_dist.run_data import RunData
 from mdnet_dist.run_folder import CONFIG, EXPLAINED, METRICS, PICTURES, PREDICTIONS, SERVED, file_name_of
 from mdnet_dist.served_model import write_served_model
-from mdnet_dist.tracking import METRICS_NAME, Tracker, open_tracker, run_tags
+from mdnet_dist.tracking import Tracker, open_tracker, run_tags
+from mdnet_dist.tracking_files import METRICS_NAME
 from mdnet_dist.trainer import OnValidation, Result, Trainer
 
 TABLE_ROWS = (

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mdnet_dist.config import RunConfig, as_yaml
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml
 from mdnet_dist.errors import InputError
 from mdnet_dist.shards import write_atomically
 

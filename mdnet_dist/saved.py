@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from mdnet_dist.checkpoint import best_checkpoint, checkpoints, load_checkpoint
-from mdnet_dist.config import DataConfig, RunConfig, check_config, first_problem, load_config
+from mdnet_dist.config import DataConfig, RunConfig
+from mdnet_dist.config_check import first_problem
+from mdnet_dist.config_file import check_config, load_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, ModelCard, load_card, load_model
 from mdnet_dist.model.mdnet import MDNet

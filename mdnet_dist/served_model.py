@@ -27,7 +27,7 @@ from mdnet_dist import __version__
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, WEIGHTS, ModelCard, load_card
 from mdnet_dist.images import encode_png
-from mdnet_dist.tracking import quieten
+from mdnet_dist.mlflow_store import quieten
 
 PACKAGE = Path(__file__).resolve().parent
 CODE = PACKAGE / "served_code.py"

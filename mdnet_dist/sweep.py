@@ -15,7 +15,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from mdnet_dist.config import RunConfig, check_config, first_problem, flatten
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_check import first_problem
+from mdnet_dist.config_file import check_config, flatten
 from mdnet_dist.console import say
 from mdnet_dist.cost import as_flops, cost_of
 from mdnet_dist.data import parts_of

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from mdnet_dist.checkpoint import checkpoints
-from mdnet_dist.tracking import quieten
+from mdnet_dist.mlflow_store import quieten
 from tests.forks import start, steps_logged, wait_for_steps
 
 END_SECONDS = 60.0

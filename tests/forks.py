@@ -16,7 +16,7 @@ from launch.train import main as train
 from mdnet_dist.machine import free_port
 from mdnet_dist.program import run_program
 from mdnet_dist.run import run_training as _imported_before_the_forks  # noqa: F401
-from mdnet_dist.tracking import METRICS_NAME
+from mdnet_dist.tracking_files import METRICS_NAME
 
 STEP_SECONDS = 60.0  # longest wait for one
 

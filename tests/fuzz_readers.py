@@ -31,7 +31,8 @@ from data_shards.plain_pickle import PickledArray, read_plain_pickle
 from data_shards.prepare import prepare_pixels
 from data_shards.verify import verify_set
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
-from mdnet_dist.config import GoogLeNetImageModel, ModelConfig, as_yaml, load_config
+from mdnet_dist.config import GoogLeNetImageModel, ModelConfig
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.data import EvaluationStream
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, WEIGHTS, load_model
@@ -42,7 +43,8 @@ from mdnet_dist.reading import read_shard
 from mdnet_dist.run_data import open_data
 from mdnet_dist.shards import MANIFEST_NAME, ShardInfo, load_manifest, sha256_of
 from mdnet_dist.storage import LocalSource
-from mdnet_dist.tracking import METRICS_NAME, RUN_NAME, UNSENT_NAME, end_run, read_metrics, run_id_of
+from mdnet_dist.tracking import RUN_NAME, end_run, run_id_of
+from mdnet_dist.tracking_files import METRICS_NAME, UNSENT_NAME, read_metrics
 from tests.mutations import (
     mutate_bytes,
     mutate_json,

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mdnet_dist.checkpoint import checkpoints
-from mdnet_dist.tracking import quieten
+from mdnet_dist.mlflow_store import quieten
 from tests.forks import kill, start, steps_logged, wait_for_steps
 
 

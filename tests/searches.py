@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mdnet_dist.config import as_yaml
+from mdnet_dist.config_file import as_yaml
 from tests.conftest import REPOSITORY
 from tests.test_train import _environment
 from tests.tiny import tiny_config, tiny_set

@@ -26,7 +26,7 @@ ALONE: dict[str, tuple[str, ...]] = {
     "deepspeed": ("mdnet_dist/engine.py",),
     "webdataset": ("mdnet_dist/reading.py",),
     # Runs are recorded by one file. A model is packaged by another, and served by a third, which travels with it.
-    "mlflow": ("mdnet_dist/tracking.py", "mdnet_dist/served_model.py", SERVED_CODE),
+    "mlflow": ("mdnet_dist/mlflow_store.py", "mdnet_dist/served_model.py", SERVED_CODE),
     "ray": ("tune/",),
     "optuna": ("tune/proposals.py",),
     "sklearn": ("tune/importance.py",),

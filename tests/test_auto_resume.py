@@ -20,7 +20,8 @@ import torch
 from mdnet_dist import auto_resume
 from mdnet_dist.auto_resume import add_options, check_options, run_supervised
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
-from mdnet_dist.config import RunConfig, as_yaml
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml
 from mdnet_dist.errors import SUPERVISED, InputError
 from tests.conftest import REPOSITORY
 from tests.test_supervisor import runs, wait_until

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data_shards.prepare import open_image
-from mdnet_dist.config import GoogLeNetImageModel, LanguageModelConfig, ModelConfig, RunConfig, flatten, load_config
+from mdnet_dist.config import GoogLeNetImageModel, LanguageModelConfig, ModelConfig, RunConfig
+from mdnet_dist.config_file import flatten, load_config
 from mdnet_dist.evaluate_run import Request, evaluate_run
 from mdnet_dist.explain import page
 from mdnet_dist.explain_run import explain_sources

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mdnet_dist.config import as_yaml
+from mdnet_dist.config_file import as_yaml
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_config, tiny_set
 

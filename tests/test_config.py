@@ -19,22 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mdnet_dist.config import (
-    COMMAND_LINE,
-    DataConfig,
-    PiecewiseEta,
-    RunConfig,
-    Section,
-    TrackingConfig,
-    apply_override,
-    as_yaml,
-    check_config,
-    flatten,
-    load_config,
-    read_yaml,
-    sections_in,
-)
+from mdnet_dist.config import DataConfig, PiecewiseEta, RunConfig, Section, TrackingConfig
+from mdnet_dist.config_check import COMMAND_LINE, sections_in
 from mdnet_dist.config_docs import reference
+from mdnet_dist.config_file import apply_override, as_yaml, check_config, flatten, load_config, read_yaml
 from mdnet_dist.errors import InputError, TrainingFailed
 from mdnet_dist.program import run_program
 from tests.conftest import REPOSITORY

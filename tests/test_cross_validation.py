@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.cross_validation import (
     FoldRun,
     Model,

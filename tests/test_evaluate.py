@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.data import EvaluationStream
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluate_run import Request, _make

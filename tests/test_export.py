@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mdnet_dist.config import check_config
+from mdnet_dist.config_file import check_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.export import CARD, WEIGHTS, ModelCard, export_model, load_card, load_model, make_card
 from mdnet_dist.model.mdnet import MDNet

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mdnet_dist.checkpoint import checkpoints
-from mdnet_dist.config import as_yaml
+from mdnet_dist.config_file import as_yaml
 from mdnet_dist.watch import Place, is_lost_peer, lost_ranks, standing_still
 from tests.conftest import REPOSITORY
 from tests.soak import write_figures

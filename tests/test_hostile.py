@@ -53,7 +53,8 @@ from mdnet_dist.run_data import open_data, open_part
 from mdnet_dist.saved import open_model, saved_config
 from mdnet_dist.shards import MANIFEST_NAME, SampleRecord, ShardInfo, load_manifest, parse_record, sha256_of
 from mdnet_dist.storage import LocalSource
-from mdnet_dist.tracking import METRICS_NAME, RUN_NAME, UNSENT_NAME, end_run, read_metrics, run_id_of
+from mdnet_dist.tracking import RUN_NAME, end_run, run_id_of
+from mdnet_dist.tracking_files import METRICS_NAME, UNSENT_NAME, read_metrics
 from tests.fuzz_readers import Reader, readers
 from tests.saved import untrained_run
 from tests.test_explain import explanation

@@ -26,7 +26,7 @@ from mdnet_dist.saved import open_model
 from mdnet_dist.shard_cache import CacheError
 from mdnet_dist.shards import ShardManifest, fingerprint, load_manifest
 from mdnet_dist.storage import open_source
-from mdnet_dist.tracking import METRICS_NAME
+from mdnet_dist.tracking_files import METRICS_NAME
 from tests.ranks import run_ranks
 from tests.saved import untrained_run
 from tests.test_remote import Handler, Server, answers, good

@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 import pytest
 
-from mdnet_dist.config import as_yaml
+from mdnet_dist.config_file import as_yaml
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_config
 from tune.proposals import GridProposals, OptunaProposals, Proposals, RandomProposals, proposals_of

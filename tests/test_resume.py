@@ -17,13 +17,13 @@ import torch
 
 from mdnet_dist import trainer as trainer_module
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.distributed import rank, world_size
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
 from mdnet_dist.plan import epoch_order
 from mdnet_dist.shards import load_manifest
 from mdnet_dist.step_log import BAD_STEPS, SAMPLES, StepLog
-from mdnet_dist.tracking import read_metrics
+from mdnet_dist.tracking_files import read_metrics
 from mdnet_dist.trainer import Trainer, Validation
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks

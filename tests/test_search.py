@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mdnet_dist.config import load_config
+from mdnet_dist.config_file import load_config
 from mdnet_dist.run_folder import METRICS
 from tests.searches import METRIC, TIMEOUT_SECONDS, assert_nothing_is_left, mlflow_runs, run, trials_in, write_search
 from tune.population import lineage

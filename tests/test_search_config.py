@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mdnet_dist.config import Section, as_yaml, describe_field, key_lines, load_config, sections_in
+from mdnet_dist.config import Section
+from mdnet_dist.config_check import describe_field, sections_in
+from mdnet_dist.config_file import as_yaml, key_lines, load_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.schedules import beta_at
 from tests.conftest import REPOSITORY

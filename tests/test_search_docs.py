@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, Tag
 
-from mdnet_dist.config import Section, chosen_by, sections_in
+from mdnet_dist.config import Section, chosen_by
+from mdnet_dist.config_check import sections_in
 from mdnet_dist.config_docs import reference
 from tests.conftest import REPOSITORY
 from tune.search_config import Search, SearchConfig, load_search

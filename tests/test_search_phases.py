@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune.ledger
-from mdnet_dist import tracking
+from mdnet_dist import mlflow_store, tracking, tracking_files
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mdnet_dist.config import TrackingConfig, as_yaml
+from mdnet_dist.config import TrackingConfig
+from mdnet_dist.config_file import as_yaml
 from mdnet_dist.cost import Cost
 from mdnet_dist.run_folder import alone_in
 from tests.saved import progress_at
@@ -203,8 +204,8 @@ def train(task: Task, fuse: Fuse) -> Iterator[Report]:
         weights = float(tensors["w"])
     first = progress.step if progress else 0
     path = folder / "metrics.jsonl"
-    kept = [entry for entry in tracking.read_metrics(path) if entry["step"] <= first]
-    path.write_text("".join(map(tracking._as_line, kept)))
+    kept = [entry for entry in tracking_files.read_metrics(path) if entry["step"] <= first]
+    path.write_text("".join(map(tracking_files.as_line, kept)))
     repeated = reports_of(folder)
     yield from repeated
     if repeated and task.last_step is not None and repeated[-1].step >= task.last_step:
@@ -410,8 +411,8 @@ def test_time_adds_up_over_sessions(searches: Any, tmp_path: Path, monkeypatch: 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = tracking._sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
-    tracking.prepare_store(uri)
+    uri = mlflow_store.sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
+    mlflow_store.prepare_store(uri)
     return uri
 
 
@@ -432,9 +433,11 @@ def test_runs_are_completed_with_why_they_ended(
         child = tracking.open_tracker(config, run, task.name, {}, {}, parent_run_id=task.parent_run_id)
         child.log_metrics({"val/score": 0.25, "progress/epoch": 2.0}, 6)
         child.close("FINISHED")
-        tracking._connect(store).update_run(child.run_id, status="RUNNING")  # as a killed worker leaves it
+        mlflow_store.connect(store).update_run(child.run_id, status="RUNNING")  # as a killed worker leaves it
         with open(run / "metrics.jsonl", "a") as file:
-            file.write(tracking._as_line({"step": 12, "time": 1e9, "metrics": {"val/score": 0.5, "progress/epoch": 4}}))
+            file.write(
+                tracking_files.as_line({"step": 12, "time": 1e9, "metrics": {"val/score": 0.5, "progress/epoch": 4}})
+            )
         for report in reports_of(run):
             phase.reported(task.name, report)
         ends[task.name] = ending
@@ -443,7 +446,7 @@ def test_runs_are_completed_with_why_they_ended(
             phase.tick()
     phase.close()
     parent.close("KILLED")
-    client = tracking._connect(store)
+    client = mlflow_store.connect(store)
     expected = {
         "finished": ("FINISHED", "finished", "trained to its end", "0.5"),
         "stopped": ("KILLED", "stopped", "behind", "0.5"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.schedules import beta_at
 from tests.tiny import tiny_config

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdnet_dist.config import RunConfig, Section, sections_in
+from mdnet_dist.config import RunConfig, Section
+from mdnet_dist.config_check import sections_in
 from mdnet_dist.errors import InputError
 from tune.parameter import KINDS, Parameter, at_step, between
 from tune.records import Point, Scalar

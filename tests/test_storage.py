@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_shards.__main__ import build_parser
-from mdnet_dist.config import DataConfig, apply_override, check_config
+from mdnet_dist.config import DataConfig
+from mdnet_dist.config_file import apply_override, check_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.evaluate_run import Request
 from mdnet_dist.run_data import open_data

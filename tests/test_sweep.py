@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_shards.writer import Sample, write_shards
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.errors import InputError
 from mdnet_dist.images import encode_png
 from mdnet_dist.shards import SampleRecord

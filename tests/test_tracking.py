@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import mlflow_ui
-from mdnet_dist import tracking
+from mdnet_dist import mlflow_store, tracking, tracking_files
 from mdnet_dist.config import TrackingConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.machine import free_port
@@ -33,8 +33,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
     """A prepared sqlite store; making one takes seconds, so the tests share it and each has a run of its own."""
-    store = tracking._sqlite_uri(tmp_path_factory.mktemp("store") / "runs" / "mlflow.db")
-    tracking.prepare_store(store)
+    store = mlflow_store.sqlite_uri(tmp_path_factory.mktemp("store") / "runs" / "mlflow.db")
+    mlflow_store.prepare_store(store)
     return store
 
 
@@ -57,7 +57,7 @@ def history(uri: str, tracker: tracking.Tracker, name: str) -> list[tuple[int, f
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [entry["step"] for entry in tracking.read_metrics(folder / tracking.METRICS_NAME)]
+    return [entry["step"] for entry in tracking_files.read_metrics(folder / tracking_files.METRICS_NAME)]
 
 
 # ------------------------------------------------------------------------------------------------------------ addresses
@@ -71,28 +71,28 @@ def test_importing_the_file_does_not_import_mlflow():
 
 def test_default_store_is_in_the_checkout_unless_the_environment_names_another(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking.default_tracking_uri() == f"sqlite:///{REPOSITORY}/runs/mlflow.db"
-    assert tracking.default_tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert mlflow_store.default_tracking_uri() == f"sqlite:///{REPOSITORY}/runs/mlflow.db"
+    assert mlflow_store.default_tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.default_tracking_uri(tmp_path) == "http://127.0.0.1:5000"
+    assert mlflow_store.default_tracking_uri(tmp_path) == "http://127.0.0.1:5000"
 
 
 @pytest.mark.parametrize("name", ["a b", "100%", "a?b", "a#b", "ü"])
 def test_odd_folder_names_survive_the_uri(tmp_path, name):
     path = tmp_path / name / "mlflow.db"
-    assert tracking.database_path(tracking._sqlite_uri(path)) == path
-    assert tracking._checked_uri(tracking._sqlite_uri(path)) == tracking._sqlite_uri(path)
+    assert mlflow_store.database_path(mlflow_store.sqlite_uri(path)) == path
+    assert mlflow_store.checked_uri(mlflow_store.sqlite_uri(path)) == mlflow_store.sqlite_uri(path)
 
 
 def test_a_relative_sqlite_uri_becomes_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert tracking._checked_uri("sqlite:///x.db?timeout=3") == f"sqlite:///{tmp_path}/x.db?timeout=3"
+    assert mlflow_store.checked_uri("sqlite:///x.db?timeout=3") == f"sqlite:///{tmp_path}/x.db?timeout=3"
 
 
 @pytest.mark.parametrize("bad", ["./mlruns", "mlruns", "file:///srv/mlruns", "", "sqlite://", "sqlite:///:memory:"])
 def test_stores_that_cannot_serve_are_refused_with_what_to_use_instead(tmp_path, bad):
     with pytest.raises(InputError, match=r"tracking\.uri .*use sqlite:////absolute"):
-        tracking.prepare_store(bad)
+        mlflow_store.prepare_store(bad)
 
 
 @pytest.mark.parametrize("password", ["secret", "sec/secret", "sec@secret"])
@@ -107,7 +107,7 @@ def test_a_server_that_does_not_answer_is_an_input_error_without_its_password(tm
 def test_a_file_that_is_no_database_is_an_input_error(tmp_path):
     (tmp_path / "x.db").write_text("this is text, not a database" * 100)
     with pytest.raises(InputError, match=r"x\.db does not answer: .*not a database"):
-        tracking.prepare_store(f"sqlite:///{tmp_path}/x.db")
+        mlflow_store.prepare_store(f"sqlite:///{tmp_path}/x.db")
 
 
 # --------------------------------------------------------------------------------------------------------- a real store
@@ -154,13 +154,13 @@ def test_what_is_logged_can_be_read_back(uri, tmp_path, capfd):
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["outside.txt", "reports"]
     copy = client.download_artifacts(tracker.run_id, "reports/report.txt", str(tmp_path))
     assert Path(copy).read_text() == "mild"
-    beside = tracking.database_path(uri).parent / "mlartifacts"
+    beside = mlflow_store.database_path(uri).parent / "mlartifacts"
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(beside)
 
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [10, 20]
     assert json.loads(lines[1])["metrics"] == {"train/loss_m": 0.25, "beta": "-inf"}
-    assert not (tmp_path / "run" / tracking.UNSENT_NAME).exists()
+    assert not (tmp_path / "run" / tracking_files.UNSENT_NAME).exists()
     with pytest.raises(RuntimeError, match="closed"):
         tracker.log_tags({"late": "yes"})
 
@@ -280,7 +280,9 @@ def test_a_killed_run_of_a_parent_whose_id_was_never_written_down_goes_on_under_
             lost[owner.run_id, name] = child.run_id
     folder = tmp_path / parent.run_id / "002-b"
     (folder / tracking.RUN_NAME).unlink()
-    (folder / tracking.METRICS_NAME).write_text(tracking._as_line({"step": 3, "time": 1e9, "metrics": {"loss": 0.5}}))
+    (folder / tracking_files.METRICS_NAME).write_text(
+        tracking_files.as_line({"step": 3, "time": 1e9, "metrics": {"loss": 0.5}})
+    )
     again = open_run(uri, folder, resume=True, resume_step=3, parent_run_id=parent.run_id)
     again.log_metrics({"loss": 0.25}, 6)
     again.close("FINISHED")
@@ -306,10 +308,12 @@ def test_a_run_whose_process_was_killed_is_completed_from_its_folder(uri, tmp_pa
     for step in range(1, 6):
         tracker.log_metrics({"loss": 1 / step}, step)
     tracker.close("FINISHED")
-    with open(tmp_path / tracking.METRICS_NAME, "a") as file:  # what was in memory when it was killed, and half a line
+    with open(
+        tmp_path / tracking_files.METRICS_NAME, "a"
+    ) as file:  # what was in memory when it was killed, and half a line
         for step in (6, 7):
             metrics = {"loss": 1 / step, "rare": float("nan")}
-            file.write(tracking._as_line({"step": step, "time": 1e9 + step, "metrics": metrics}))
+            file.write(tracking_files.as_line({"step": step, "time": 1e9 + step, "metrics": metrics}))
         file.write('{"step": 8, "ti')
     client_of(uri).update_run(tracker.run_id, status="RUNNING")
     for status, reason in (("KILLED", "behind"), ("FAILED", "after all")):
@@ -318,7 +322,7 @@ def test_a_run_whose_process_was_killed_is_completed_from_its_folder(uri, tmp_pa
         assert (run.info.status, run.data.tags["search.reason"]) == (status, reason)
         assert run.data.tags["search.status"] == "stopped"
         assert sorted(history(uri, tracker, "loss")) == [(step, 1 / step) for step in range(1, 8)]
-        assert not (tmp_path / tracking.UNSENT_NAME).exists()
+        assert not (tmp_path / tracking_files.UNSENT_NAME).exists()
     assert "rare" not in run.data.metrics
     assert capfd.readouterr() == ("", "")
 
@@ -404,7 +408,7 @@ def fake(monkeypatch):
         store._request(lambda: None)
         return store
 
-    monkeypatch.setattr(tracking, "_client", connect)
+    monkeypatch.setattr(mlflow_store, "open_client", connect)
     return store
 
 
@@ -428,11 +432,11 @@ def test_training_goes_on_when_the_store_dies_and_catches_up_when_it_is_back(fak
         tracker.log_metrics({"loss": 1.0 / step}, step)
     (tmp_path / "a.txt").write_text("a")
     tracker.log_artifact(tmp_path / "a.txt")
-    wait_until(lambda: (tmp_path / tracking.UNSENT_NAME).exists())
+    wait_until(lambda: (tmp_path / tracking_files.UNSENT_NAME).exists())
     wait_until(lambda: not tracker._queue.qsize() and not tracker._on_its_way)
     time.sleep(0.2)  # several attempts
     fake.dead = False
-    wait_until(lambda: not (tmp_path / tracking.UNSENT_NAME).exists())
+    wait_until(lambda: not (tmp_path / tracking_files.UNSENT_NAME).exists())
     tracker.log_metrics({"loss": 0.0}, 500)
     tracker.close("FINISHED")
     assert sorted(step for _, step, _ in fake.points.elements()) == list(range(1, 501))
@@ -450,7 +454,7 @@ def test_what_a_dead_store_did_not_get_is_kept_and_sent_later(fake, tmp_path, ca
     tracker.log_artifact(tmp_path / "run" / "a.txt")
     tracker.log_tags({"best_step": "1"})
     tracker.close("FAILED")
-    unsent = [json.loads(line) for line in (tmp_path / "run" / tracking.UNSENT_NAME).read_text().splitlines()]
+    unsent = [json.loads(line) for line in (tmp_path / "run" / tracking_files.UNSENT_NAME).read_text().splitlines()]
     assert {"metrics", "artifact", "tags", "status"} <= {operation["kind"] for operation in unsent}
     closing_line = capsys.readouterr().err.splitlines()[-1]
     assert f"`python -m mdnet_dist.tracking {tmp_path / 'run'}`" in closing_line
@@ -459,13 +463,13 @@ def test_what_a_dead_store_did_not_get_is_kept_and_sent_later(fake, tmp_path, ca
     monkeypatch.setattr(sys, "argv", ["tracking", str(moved)])
     with pytest.raises(InputError, match="does not answer"):
         tracking.main()
-    assert (moved / tracking.UNSENT_NAME).exists()
+    assert (moved / tracking_files.UNSENT_NAME).exists()
     fake.dead = False
     for _ in range(2):  # the second time there is nothing to do
         tracking.main()
         assert fake.points == {("loss", 1, 1.0): 1}
         assert (set(fake.artifacts), fake.tags["best_step"], fake.status) == ({"a.txt"}, "1", "FAILED")
-        assert not (moved / tracking.UNSENT_NAME).exists()
+        assert not (moved / tracking_files.UNSENT_NAME).exists()
 
 
 def test_sending_again_wants_a_run_folder(monkeypatch, tmp_path):
@@ -515,7 +519,7 @@ def test_a_run_that_ends_while_its_store_is_down_keeps_everything(fake, tmp_path
     assert fake.points == {("loss", 1, 1.0): 1, ("loss", 2, 2.0): 1}
     assert (fake.status, fake.tags["search.reason"]) == ("FAILED", "out of memory"), "the last word counts"
     assert set(fake.artifacts) == {"a.txt"}
-    assert not (tmp_path / tracking.UNSENT_NAME).exists()
+    assert not (tmp_path / tracking_files.UNSENT_NAME).exists()
 
 
 def test_closed_artifact_storage_holds_up_nothing_else(fake, tmp_path):
@@ -527,7 +531,7 @@ def test_closed_artifact_storage_holds_up_nothing_else(fake, tmp_path):
         tracker.log_metrics({"loss": 1.0}, step)
     tracker.close("FINISHED")
     assert (fake.points.total(), fake.status) == (2, "FINISHED")
-    unsent = (tmp_path / tracking.UNSENT_NAME).read_text().splitlines()
+    unsent = (tmp_path / tracking_files.UNSENT_NAME).read_text().splitlines()
     assert [json.loads(line)["path"] for line in unsent] == ["1.txt", "2.txt"]
     fake.artifacts_closed = False
     tracking.send_again(tmp_path)
@@ -545,14 +549,16 @@ def test_a_store_that_hangs_holds_up_neither_training_nor_closing(fake, monkeypa
         tracker.log_metrics({"loss": 1.0}, step)
     tracker.close("FINISHED")
     assert time.monotonic() - start < 5
-    content = (tmp_path / tracking.UNSENT_NAME).read_bytes()
+    content = (tmp_path / tracking_files.UNSENT_NAME).read_bytes()
     kept = {json.loads(line).get("step") for line in content.splitlines()}
     assert set(range(1000)) <= kept
     assert "has not got everything" in capsys.readouterr().err
     released.set()
     tracker._thread.join(10)
     assert not tracker._thread.is_alive()
-    assert (tmp_path / tracking.UNSENT_NAME).read_bytes() == content, "a thread that wakes up late changes nothing"
+    assert (tmp_path / tracking_files.UNSENT_NAME).read_bytes() == content, (
+        "a thread that wakes up late changes nothing"
+    )
 
 
 def test_a_run_folder_that_cannot_be_written_does_not_end_training(fake, tmp_path, capsys):
@@ -585,13 +591,15 @@ def test_every_point_arrives_once_through_failures_kills_and_resumes(lives, batc
     folder, store, checkpoint = tmp_path_factory.mktemp("run"), FakeStore(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "RETRY_SECONDS", 0.0)
-        patch.setattr(tracking, "BATCH_OPERATIONS", batch)
-        patch.setattr(tracking, "say", lambda line: None)
+        for module in (tracking, tracking_files):
+            patch.setattr(module, "BATCH_OPERATIONS", batch)
+        for module in (tracking, tracking_files, mlflow_store):
+            patch.setattr(module, "say", lambda line: None)
         patch.setattr(os, "fsync", lambda descriptor: None)  # slow, and the machine does not crash here
         complete = {"steps": LAST_STEP, "requests": None, "wrote": True, "checkpoint": 0, "failures": []}
         for number, life in enumerate([*lives, complete]):
             client = DyingClient(store)
-            patch.setattr(tracking, "_client", lambda uri, client=client: client)
+            patch.setattr(mlflow_store, "open_client", lambda uri, client=client: client)
             resumed = {"resume": True, "resume_step": checkpoint} if number else {}
             tracker = open_run(FAKE_URI, folder, **resumed)
             store.failures = list(life["failures"])
@@ -671,7 +679,7 @@ def test_a_folder_is_told_to_the_users_own_store_only(uri, tmp_path, monkeypatch
     assert tracking.reopen_tracker(tmp_path) is None, "was never logged"
 
     asked = []
-    monkeypatch.setattr(tracking, "_client", asked.append)
+    monkeypatch.setattr(mlflow_store, "open_client", asked.append)
     there = {"experiment_id": "1", "run_id": "x"}
     for stranger in ("http://stranger.invalid", "sqlite:////srv/mlflow.db", "sqlite:///run/mlflow.db", f"{uri}?a=b"):
         (tmp_path / "run" / tracking.RUN_NAME).write_text(json.dumps({"uri": stranger, **there}))
@@ -693,7 +701,7 @@ def test_a_password_in_the_environment_reopens_a_run(tmp_path, monkeypatch):
         asked.append(uri)
         raise ConnectionError("not here")
 
-    monkeypatch.setattr(tracking, "_client", client)
+    monkeypatch.setattr(mlflow_store, "open_client", client)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker.invalid")
     tracking.reopen_tracker(tmp_path).close("FINISHED")
     assert asked and set(asked) == {"http://me:secret@tracker.invalid"}
@@ -795,7 +803,7 @@ def test_a_real_server_that_is_killed_and_comes_back(tmp_path):
         start = time.monotonic()
         tracker.close("FINISHED")
         assert time.monotonic() - start < tracking.CLOSE_SECONDS + 1
-        assert (folder / tracking.UNSENT_NAME).exists()
+        assert (folder / tracking_files.UNSENT_NAME).exists()
 
         again = [sys.executable, "-m", "mdnet_dist.tracking", str(folder)]
         refused = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -811,7 +819,7 @@ def test_a_real_server_that_is_killed_and_comes_back(tmp_path):
         assert client.get_run(tracker.run_id).info.status == "FINISHED"
         copy = client.download_artifacts(tracker.run_id, "reports/report.txt", str(tmp_path))
         assert Path(copy).read_text() == "mild"
-        assert not (folder / tracking.UNSENT_NAME).exists()
+        assert not (folder / tracking_files.UNSENT_NAME).exists()
     finally:
         kill(server)
 
@@ -851,7 +859,7 @@ def descendants(process: int) -> list[int]:
 
 def test_a_process_forked_meanwhile_does_not_keep_the_store_locked(tmp_path: Path) -> None:
     """As a loader is, while the tracker's thread connects: it inherits the descriptor, and lives for hours."""
-    with tracking._alone_in(tmp_path):
+    with mlflow_store._alone_in(tmp_path):
         child = os.fork()
         if not child:
             time.sleep(60)

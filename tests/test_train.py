@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
-from mdnet_dist.config import as_yaml, load_config
+from mdnet_dist.config_file import as_yaml, load_config
 from mdnet_dist.export import load_model
 from mdnet_dist.machine import free_port
-from mdnet_dist.tracking import read_metrics
+from mdnet_dist.tracking_files import read_metrics
 from tests.conftest import REPOSITORY, shared_data
 from tests.tiny import CLASSES, TOPICS, tiny_config, tiny_set
 

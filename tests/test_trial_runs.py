@@ -15,7 +15,7 @@ from mdnet_dist.config import RunConfig
 from mdnet_dist.errors import InputError
 from mdnet_dist.run import run_training, run_trial
 from mdnet_dist.shards import load_manifest
-from mdnet_dist.tracking import read_metrics
+from mdnet_dist.tracking_files import read_metrics
 from mdnet_dist.trainer import Trainer, Validation
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_set

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from data_shards.writer import Sample, write_shards
-from mdnet_dist.config import RunConfig, apply_override, check_config
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import apply_override, check_config
 from mdnet_dist.images import encode_jpeg, encode_mask, encode_png
 from mdnet_dist.shards import CONCLUSION, Report, SampleRecord, ShardManifest
 

@@ -17,8 +17,8 @@ from mdnet_dist.config import (
     LinearBeta,
     PiecewiseBeta,
     SigmoidBeta,
-    first_problem,
 )
+from mdnet_dist.config_check import first_problem
 from mdnet_dist.errors import InputError
 from tune.records import Scalar, TrialRecord, shown
 

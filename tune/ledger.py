@@ -20,10 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from mdnet_dist.checkpoint import FOLDER as CHECKPOINTS
 from mdnet_dist.checkpoint import checkpoint_of_step, copy_checkpoint
-from mdnet_dist.config import first_problem
+from mdnet_dist.config_check import first_problem
 from mdnet_dist.errors import InputError
 from mdnet_dist.shards import write_atomically
-from mdnet_dist.tracking import METRICS_NAME, read_metrics
+from mdnet_dist.tracking_files import METRICS_NAME, read_metrics
 from tune.records import Point, Report, TrialRecord
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdnet_dist.config import RunConfig, as_yaml, check_config, flatten
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml, check_config, flatten
 from mdnet_dist.run_folder import METRICS
 from mdnet_dist.shards import write_atomically
 from mdnet_dist.tracking import Tracker

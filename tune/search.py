@@ -20,14 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mdnet_dist.config import RunConfig, as_yaml, flatten, load_config, read_yaml
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml, flatten, load_config, read_yaml
 from mdnet_dist.cost import Cost, cost_of
 from mdnet_dist.errors import InputError, Preempted, TrainingFailed
+from mdnet_dist.mlflow_store import prepare_store, tracking_uri
 from mdnet_dist.plan import steps_per_epoch
 from mdnet_dist.run_data import open_data
 from mdnet_dist.run_folder import alone_in, existing_run_folder, new_run_folder
 from mdnet_dist.shards import write_atomically
-from mdnet_dist.tracking import RUN_NAME, open_parent, prepare_store, run_tags, tracking_uri
+from mdnet_dist.tracking import RUN_NAME, open_parent, run_tags
 from tune.ledger import Ledger
 from tune.phases import ConfirmPhase, Phase, PopulationPhase, TrialsPhase, Workshop
 from tune.progress import Display

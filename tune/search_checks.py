@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, get_origin
 
-from mdnet_dist.config import RunConfig, Section, sections_in
+from mdnet_dist.config import RunConfig, Section
+from mdnet_dist.config_check import sections_in
 from mdnet_dist.errors import InputError, nearest
 from tune.parameter import Path
 from tune.population import BETA, ETA

@@ -14,24 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdnet_dist.config import (
-    COMMAND_LINE,
-    RunConfig,
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_check import COMMAND_LINE, check_section, place_of
+from mdnet_dist.config_file import (
     apply_override,
     as_yaml,
     check_config,
-    check_section,
     is_overlay,
     key_lines,
     load_config,
     merged,
     parse_yaml,
-    place_of,
     read_yaml,
 )
 from mdnet_dist.errors import InputError, nearest
+from mdnet_dist.mlflow_store import tracking_uri
 from mdnet_dist.storage import absolute
-from mdnet_dist.tracking import tracking_uri
 from tune.population import BETA, ETA, Settings
 from tune.records import Point, describe
 from tune.search_checks import Place, check_search, placed

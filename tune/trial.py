@@ -184,7 +184,7 @@ def _train(task: Task) -> None:
     import ray.util
 
     from mdnet_dist.checkpoint import newest_checkpoint, read_progress
-    from mdnet_dist.config import check_config
+    from mdnet_dist.config_file import check_config
     from mdnet_dist.distributed import is_first, on_first
     from mdnet_dist.engine import start_processes
     from mdnet_dist.run import run_training, run_trial

@@ -31,7 +31,8 @@ from mdnet_dist.benchmark.rows import Row
 from mdnet_dist.benchmark.scaling_suite import LARGE_PX
 from mdnet_dist.benchmark.subject import Subject
 from mdnet_dist.benchmark.timing import Spread, wait_for
-from mdnet_dist.config import RunConfig, as_yaml
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import as_yaml
 
 HELP_SECONDS = 1.0
 SHARE = 0.1

@@ -9,7 +9,8 @@ from functools import cached_property
 
 import torch
 
-from mdnet_dist.config import RunConfig, load_config
+from mdnet_dist.config import RunConfig
+from mdnet_dist.config_file import load_config
 from mdnet_dist.data import Batch
 from mdnet_dist.distributed import local_device, prepare_environment
 from mdnet_dist.model.mdnet import MDNet
