@@ -8,15 +8,12 @@ first backward pass.
 from __future__ import annotations
 
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +55,7 @@ from mdnet_dist.run_folder import alone_in, existing_run_folder, new_run_folder,
 from mdnet_dist.schedules import beta_at, eta_at
 from mdnet_dist.signals import StopRequest
 from mdnet_dist.step_log import BAD_STEPS, DAMAGED, SAMPLES, StepLog
+from mdnet_dist.step_report import Launched, Pace, StepReport, as_text, peak_memory_gib, to_host
 from mdnet_dist.storage import place_of_set
 from mdnet_dist.tracking import Tracker
 from mdnet_dist.watch import Watch, is_killed_loader, is_lost_peer
@@ -89,40 +87,6 @@ class Validation:
 OnValidation = Callable[[Validation], bool]
 """Called on every rank when an evaluation of the validation part has been logged and its checkpoint written; returns
 whether training goes on, on every rank the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step measured, over all ranks."""
-
-    step: int  # optimiser steps done with it
-    beta: float  # that it took
-    eta: float
-    rates: dict[str, float]  # learning rates, by part
-    loss_m: float  # mean over the labelled images of the global batch
-    loss_l: float  # mean over its real tokens
-    gradient_norm_m: float  # of dL_M with respect to D's map, before it is scaled
-    gradient_norm_l: float
-    finite: bool
-    moved: bool  # whether the weights were
-    stop: bool  # whether some rank was told to stop
-    waited_seconds: float  # for data, this rank
-    keys: list[str]  # of the images that this rank read; empty for one that is damaged
-    damaged: list[str]  # what is wrong with those, over all ranks (`Batch.damaged`)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Launched:
-    """A step that the device may still be computing."""
-
-    known: dict[str, Any]  # fields of its `StepReport` that are known already
-    labelled: int  # images of the global batch
-    tokens: int
-    measured: Tensor  # (7) on the CPU: what `_MEASURED` names; filled when `computed` has come
-    computed: torch.cuda.Event | None  # None: it is there
-
-
-_MEASURED = ("loss_m", "loss_l", "squared_norm_m", "squared_norm_l", "stops", "eta", "moved")
 
 
 class Trainer:
@@ -202,7 +166,7 @@ class Trainer:
         """One update of the weights from the next global batch."""
         return self._report(self._launch(batches))
 
-    def _launch(self, batches: Iterator[Batch]) -> _Launched:
+    def _launch(self, batches: Iterator[Batch]) -> Launched:
         """Tell the device to compute a step. Nothing here waits for it, so that it always has something to do."""
         train, ranks = self.config.train, world_size()
         fraction = (self.step + 0.5) / self.steps
@@ -254,7 +218,7 @@ class Trainer:
         self.step += 1
         self.epoch_end_due = self.step % self.data.steps_per_epoch == 0
         taken = torch.as_tensor(eta, dtype=torch.float64, device=self.device)
-        measured, computed = _to_host(torch.cat([measured.double(), taken[None], moved[None].double()]))
+        measured, computed = to_host(torch.cat([measured.double(), taken[None], moved[None].double()]))
         known = {
             "step": self.step,
             "beta": beta,
@@ -263,30 +227,14 @@ class Trainer:
             "keys": [key for batch in fetched for key in batch.keys],
             "damaged": damaged,
         }
-        return _Launched(known=known, labelled=labelled, tokens=tokens, measured=measured, computed=computed)
+        return Launched(known=known, labelled=labelled, tokens=tokens, measured=measured, computed=computed)
 
-    def _report(self, launched: _Launched) -> StepReport:
+    def _report(self, launched: Launched) -> StepReport:
         """What a step measured, as soon as the device has computed it; to be asked of each step, in their order."""
-        if launched.computed:
-            launched.computed.synchronize()
-        measured = dict(zip(_MEASURED, launched.measured.tolist()))
-        squares = measured["squared_norm_m"], measured["squared_norm_l"]
-        finite = all(map(math.isfinite, (measured["loss_m"], measured["loss_l"], *squares)))
-        norms = [math.sqrt(square) / world_size() if finite else math.nan for square in squares]
-        moved = bool(measured["moved"])
-        self.updates += moved
-        self.bad_steps = 0 if moved else self.bad_steps + 1
-        return StepReport(
-            **launched.known,
-            eta=measured["eta"],
-            loss_m=measured["loss_m"] / launched.labelled,
-            loss_l=measured["loss_l"] / launched.tokens,
-            gradient_norm_m=norms[0],
-            gradient_norm_l=norms[1],
-            finite=finite,
-            moved=moved,
-            stop=measured["stops"] > 0,
-        )
+        report = launched.report()
+        self.updates += report.moved
+        self.bad_steps = 0 if report.moved else self.bad_steps + 1
+        return report
 
     @property
     def beta(self) -> float:
@@ -377,8 +325,8 @@ class Trainer:
     ) -> None:
         """Train up to a step, as `train`."""
         save_every = self.config.train.checkpoint_every_steps
-        pace = _Pace(self.step)
-        launched: list[_Launched] = []
+        pace = Pace(self.step)
+        launched: list[Launched] = []
         while self.step < last_step:
             if self.step % self.data.steps_per_epoch == 0:
                 self._damage.begin(self.data.samples)
@@ -400,7 +348,7 @@ class Trainer:
                 self.save(None)
             pace.since += time.monotonic() - paused
 
-    def _step_done(self, launched: _Launched, pace: _Pace, progress: ProgressBar, tracker: Tracker | None) -> bool:
+    def _step_done(self, launched: Launched, pace: Pace, progress: ProgressBar, tracker: Tracker | None) -> bool:
         """Log a step and heed what it says; returns whether some rank was told to stop."""
         report = self._report(launched)
         pace.waited += report.waited_seconds
@@ -413,7 +361,7 @@ class Trainer:
             pace.since, pace.waited, pace.logged = time.monotonic(), 0.0, report.step
             if tracker:
                 tracker.log_metrics(measured, report.step)
-            progress.step_done(report.step, _as_text(measured))
+            progress.step_done(report.step, as_text(measured))
         else:
             progress.step_done(report.step, {})
         if self.config.train.ledger:
@@ -668,26 +616,6 @@ class Trainer:
         self._held.close()
 
 
-@dataclass
-class _Pace:
-    """Since the last logged step."""
-
-    logged: int  # that step
-    since: float = field(default_factory=time.monotonic)  # when it was, pauses for scoring and saving left out
-    waited: float = 0.0  # seconds, for data
-
-
-def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start copying a few numbers to the CPU, and what tells when they are there."""
-    if values.device.type != "cuda":
-        return values, None
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    there.copy_(values, non_blocking=True)
-    computed = torch.cuda.Event()
-    computed.record()
-    return there, computed
-
-
 def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], InputError | None]:
     """This rank's micro-batches of a step, or what is wrong with its data: other ranks must hear of it first."""
     try:
@@ -705,28 +633,5 @@ def _dropout_seed(seed: int, step: int, place: int) -> int:
     return ((seed * 1_000_003 + step) * 1_000_003 + place) % 2**63
 
 
-def _as_text(measured: Mapping[str, float]) -> dict[str, str]:
-    """The measurements of a step as the progress line shows them."""
-    return {
-        "loss M": f"{measured['train/loss_m']:.3f}",
-        "L": f"{measured['train/loss_l']:.3f}",
-        "beta": f"{measured['train/beta']:.2f}",
-        "eta": f"{measured['train/eta']:.2f}",
-        "|dM|": f"{measured['train/gradient_norm_m']:.1e}",
-        "|dL|": f"{measured['train/gradient_norm_l']:.1e}",
-        "images/s": f"{measured['speed/images_per_second']:.1f}",
-        "wait": f"{measured['speed/data_wait_share']:.0%}",
-        "GiB": f"{measured['speed/peak_memory_gib']:.1f}",
-    }
-
-
 def _known(metrics: Mapping[str, float]) -> str:
     return "known: dca_bleu4, " + ", ".join(sorted(name.removeprefix("val/") for name in metrics))
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory used so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

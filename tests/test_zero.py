@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mdnet_dist.distributed import rank, world_size
 from mdnet_dist.run_data import open_data
-from mdnet_dist.trainer import StepReport, Trainer
+from mdnet_dist.step_report import StepReport
+from mdnet_dist.trainer import Trainer
 from tests.networks import one_thread  # noqa: F401 (a fixture)
 from tests.plain_training import (
     GLOBAL_BATCH,
