@@ -93,19 +93,18 @@ def augment(
         image = image if turned is None else image.transpose(turned)
         # A few px do not move a finding out of the picture; the reflected border shows tissue like its neighbourhood.
         _shift(np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(pixels.shape), drawn.down, drawn.right, pixels)
-    for drawn, pixels in zip(draws, out):
-        # Lamp and exposure vary. One factor for all channels keeps contrasts; keep it small where density is reported.
-        brightness = max(0.0, 1 + config.brightness * drawn.brightness)
-        if config.stain:
-            # How strongly a slide is stained depends on the laboratory, and reports are about shapes. Not for images
-            # other than haematoxylin and eosin, nor where staining itself is reported.
-            strengths = 1 + config.stain * drawn.haematoxylin, 1 + config.stain * drawn.eosin
-            if brightness < 2:  # else it would show that nothing is rounded in between
-                _restain(pixels, *strengths, brightness)
-                continue
-            _restain(pixels, *strengths)
-        if config.brightness:
-            grey_levels = np.rint(np.minimum(np.arange(256) * brightness, 255)).astype(np.uint8)
+    # Lamp and exposure vary. One factor for all channels keeps contrasts; keep it small where density is reported.
+    brightness = np.maximum(0.0, 1 + config.brightness * np.array([drawn.brightness for drawn in draws]))
+    if config.stain and draws:
+        # How strongly a slide is stained depends on the laboratory, and reports are about shapes. Not for images other
+        # than haematoxylin and eosin, nor where staining itself is reported.
+        strengths = 1 + config.stain * np.array([[drawn.haematoxylin, drawn.eosin] for drawn in draws])
+        at_once = brightness < 2  # else it would show that nothing is rounded in between
+        _restain(out, strengths, np.where(at_once, brightness, 1.0))
+        brightness = np.where(at_once, 1.0, brightness)
+    for pixels, factor in zip(out, brightness):
+        if factor != 1:
+            grey_levels = np.rint(np.minimum(np.arange(256) * factor, 255)).astype(np.uint8)
             pixels[:] = grey_levels[pixels]
 
 
@@ -131,25 +130,30 @@ def _shift(image: np.ndarray, down: int, right: int, out: np.ndarray) -> None:
             out[:, border] = rows[:, columns[border]]
 
 
-def _restain(image: np.ndarray, haematoxylin: float, eosin: float, brightness: float = 1.0) -> None:
+def _restain(images: Sequence[np.ndarray], strengths: np.ndarray, brightness: np.ndarray) -> None:
     """Multiply the amounts of two stains, which are additive in optical density (Beer and Lambert), then all light.
 
     Args:
-        image: (size, size, 3) uint8, contiguous; it is changed.
+        images: of each (size, size, 3) uint8, contiguous; they are changed.
+        strengths: (images, 2) factors of haematoxylin and eosin.
+        brightness: (images) factors of light.
     """
-    size = len(image)
-    strengths = [max(0.0, haematoxylin), max(0.0, eosin), 1.0]
-    change = (_UNMIXING * strengths) @ STAINS
+    size = len(images[0])
+    change = _UNMIXING * np.insert(np.maximum(0.0, strengths), 2, 1.0, axis=1)[:, None] @ STAINS  # (images, 3, 3)
     together = _PIXELS_AT_ONCE if size % _PIXELS_AT_ONCE == 0 else 1
-    changes = np.zeros((together, 3, together, 3), dtype=np.float32)
-    changes[np.arange(together), :, np.arange(together)] = change
+    changes = np.zeros((len(images), together, 3, together, 3), dtype=np.float32)
+    changes[:, np.arange(together), :, np.arange(together)] = change
+    mixings = changes.reshape(-1, 3 * together, 3 * together)
     # A density is log 256 - log(grey level + 1); what the first of the two comes to is a factor in the end.
-    light = image.astype(np.float32)
-    torch.from_numpy(light).add_(1).log_()  # in half of NumPy's time, as what follows
-    # Row by row: BLAS would share one large product among threads, which costs more than it brings.
-    light = np.matmul(light.reshape(size, -1, 3 * together), changes.reshape(3 * together, -1)).reshape(size, -1)
-    torch.from_numpy(light).exp_()
-    light *= np.tile(brightness * 256 ** (1 - change.sum(0)), size).astype(np.float32)
-    light += 0.5 - brightness
-    torch.from_numpy(light).clamp_(0, 255 * min(1.0, brightness) + 0.5)
-    np.copyto(image, light.reshape(image.shape), casting="unsafe")  # rounded down, hence the half
+    factors = np.tile(brightness[:, None] * 256 ** (1 - change.sum(1)), size).astype(np.float32)
+    # torch takes half of NumPy's time for logarithms and exponentials; both work on the same two pieces of memory.
+    densities, light = np.empty((2, size, 3 * size), dtype=np.float32)
+    torch_densities, torch_light = torch.from_numpy(densities), torch.from_numpy(light)
+    rows, mixed = (values.reshape(size, -1, 3 * together) for values in (densities, light))
+    for image, mixing, factor, lamp in zip(images, mixings, torch.from_numpy(factors), brightness):
+        np.copyto(densities, image.reshape(densities.shape))
+        torch_densities.add_(1).log_()
+        # Row by row: BLAS would share one large product among threads, which costs more than it brings.
+        np.matmul(rows, mixing, out=mixed)
+        torch_light.exp_().mul_(factor).add_(0.5 - lamp).clamp_(0, 255 * min(1.0, lamp) + 0.5)
+        np.copyto(image, light.reshape(image.shape), casting="unsafe")  # rounded down, hence the half

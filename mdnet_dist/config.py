@@ -79,6 +79,9 @@ class DataConfig(Section):
     """Words that occur less often in the training parts become <unk>."""
     workers: Count = 1
     """Loader processes for each rank; 0 reads in the training process."""
+    decoded_cache_mib: Count = 256
+    """MiB of training images that each loader process keeps in memory as squares, which are then decoded and fitted
+    once and not in each epoch: the first that it meets, until that is full. 128 px take 64 KiB, 224 px 196 KiB."""
     shuffle_window: Positive = 4096
     """Samples, over all ranks, within which the order is shuffled while shards are read in sequence; bounds memory."""
     cache: str = "runs/shard_cache"

@@ -216,6 +216,10 @@ def _blank(damaged: Damaged) -> RawSample:
 # --------------------------------------------------------------------------------------------------------- batches
 
 
+BYTES_A_PIXEL = 4
+"""That Pillow takes for RGB."""
+
+
 class TrainingStream(IterableDataset):
     """This rank's micro-batches from step `first_step` to the end of training, epoch after epoch.
 
@@ -254,6 +258,8 @@ class TrainingStream(IterableDataset):
         self.first_step, self.steps, self.ranks = first_step, steps, ranks
         self.samples = sum(shard.samples for shard in self.shards)
         self.steps_per_epoch = steps_per_epoch(self.samples, global_batch)
+        self._kept: dict[int, Image.Image] = {}  # squares by sample number; each loader process has its own
+        self._most_kept = (encoder.config.decoded_cache_mib << 20) // (BYTES_A_PIXEL * encoder.config.image_size**2)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -287,7 +293,7 @@ class TrainingStream(IterableDataset):
 
     def _batch(self, read: list[RawSample | Damaged], epoch: int) -> Batch:
         # One kind of work for all images, then the next (`mdnet_dist.augment` says why).
-        decoding = [decoded(self.encoder, one, self.skipping, with_mask=False) for one in read]
+        decoding = [self._decoded(one) for one in read]
         images = self.encoder.room(len(read))
         samples, damaged, pictures, draws, rooms = [], [], [], [], []
         reports: list[list[Report]] = []
@@ -308,6 +314,19 @@ class TrainingStream(IterableDataset):
             reports.append([sample.record.reports[i] for i in chosen])
         augment(pictures, draws, self.augmentation, rooms)
         return self.encoder.collate(samples, images, reports, damaged)
+
+    def _decoded(self, sample: RawSample | Damaged) -> tuple[RawSample, Image.Image] | Damaged:
+        """As `decoded`, which is asked only once where there is room to keep what it says.
+
+        Nothing that is kept makes room for another sample: where each comes once in an epoch, it would go before it is
+        needed again.
+        """
+        if not isinstance(sample, Damaged) and (square := self._kept.get(sample.number)):
+            return sample, square
+        found = decoded(self.encoder, sample, self.skipping, with_mask=False)
+        if not isinstance(found, Damaged) and len(self._kept) < self._most_kept:
+            self._kept[found[0].number] = found[1].copy()  # of the pixels alone, not of what the file said beside them
+        return found
 
 
 class EvaluationStream(IterableDataset):

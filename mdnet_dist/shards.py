@@ -308,12 +308,9 @@ def parse_record(raw: bytes, where: str) -> SampleRecord:
             isinstance(record.patient, str)
             and (record.label is None or isinstance(record.label, str))
             and isinstance(record.grades, dict)
-            and all(isinstance(grade, str) for grade in record.grades.values())
+            and _are_strings(record.grades.values())
             and isinstance(record.reports, list)
-            and all(
-                isinstance(report, dict) and all(isinstance(sentence, str) for sentence in report.values())
-                for report in record.reports
-            )
+            and all(isinstance(report, dict) and _are_strings(report.values()) for report in record.reports)
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
@@ -322,3 +319,7 @@ def parse_record(raw: bytes, where: str) -> SampleRecord:
     if not well_formed:
         raise InputError(f"{where}: not a sample record; patient, label, sentences and grades must be strings")
     return record
+
+
+def _are_strings(values: Iterable[object]) -> bool:
+    return set(map(type, values)) <= {str}  # what JSON is read as has no subclasses

@@ -33,7 +33,7 @@ def changed(image: np.ndarray, seed: int, **changes: Any) -> np.ndarray:
 
 def restained(image: np.ndarray, haematoxylin: float, eosin: float) -> np.ndarray:
     result = image.copy()
-    _restain(result, haematoxylin, eosin)
+    _restain([result], np.array([[haematoxylin, eosin]]), np.ones(1))
     return result
 
 

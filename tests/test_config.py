@@ -298,7 +298,7 @@ def _required(section: type[Section]) -> dict[str, Any]:
         ("model.image={form: cifar, stem_channel: 3}", "override 'model.image.stem_channel': unknown key; known: "),
         ("optimizer={kind: adamw, image: {momentum: 0.9}}", "override 'optimizer.image.momentum': unknown key; known:"),
         ("optimizer.image.schedule.warmupp=0.1", "'optimizer.image.schedule.warmupp': unknown key; did you mean 'warm"),
-        ("data.1=2", "override 'data.1': unknown key; known: cache, cache_gib, damaged, fit"),
+        ("data.1=2", "override 'data.1': unknown key; known: cache, cache_gib, damaged, decoded_cache_mib, fit"),
         ("a..b=1", "file.yaml: a: unknown key"),
         ("blend.beta={}", "override 'blend.beta': kind must be one of constant, linear, cosine, sigmoid, delayed_step"),
         ("blend.beta=5", "override 'blend.beta': kind must be one of constant"),

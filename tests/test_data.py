@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from data_shards.writer import Sample, write_shards
-from mdnet_dist import reading
+from mdnet_dist import data, reading
 from mdnet_dist.config import AugmentConfig, DataConfig
 from mdnet_dist.data import (
     Batch,
@@ -42,7 +42,7 @@ from mdnet_dist.reading import Damaged, check_shards, read_in_order, read_shard,
 from mdnet_dist.shards import PartStatistics, SampleRecord, ShardInfo, ShardManifest, load_manifest, sha256_of
 from mdnet_dist.storage import LocalSource, ShardSource
 from mdnet_dist.vocabulary import END, PAD, UNKNOWN, Vocabulary
-from tests.damage import change, members_of, start_of, write_members
+from tests.damage import agree, change, members_of, start_of, write_members
 from tests.tiny import CLASSES, TOPICS, WORDS, tiny_set
 
 # PyTorch advises against more workers than cores; how many this machine has must not decide what is tested.
@@ -185,6 +185,38 @@ def test_batches_follow_the_plan(tiny: Set, expected: list[list[Any]]) -> None:
         order = epoch_order([shard.samples for shard in shards], seed=5, epoch=epoch, global_batch=6, window=8)
         read = [[sample[0] for sample in batch] for batch in expected[4 * epoch : 4 * epoch + 4]]
         assert read == [[keys[number] for number in batch] for batch in order]
+
+
+@pytest.mark.parametrize(("mib", "most_kept"), [(0, 0), (1, 5), (6, 26)])
+def test_kept_squares_are_decoded_once_and_change_nothing(
+    mib: int, most_kept: int, tiny: Set, expected: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "BYTES_A_PIXEL", 364)  # 1 MiB has room for 5 squares of 24 px
+    decode, asked = data.decode_image, Counter[str]()
+
+    def counted(raw: bytes, where: str) -> Image.Image:
+        asked[where] += 1
+        return decode(raw, where)
+
+    monkeypatch.setattr(data, "decode_image", counted)
+    assert global_batches(tiny, ranks=1, workers=0, decoded_cache_mib=mib) == expected
+
+    samples = [sample for shard in tiny.manifest.shards_of(["train"]) for sample in read_shard(tiny.source, shard)]
+    times = Counter(sample[0] for batch in expected for sample in batch)
+    assert max(times.values()) > 1, "more than one epoch"
+    kept = list(times)[:most_kept]  # a Counter keeps the order in which it met them
+    assert asked == {one.where: 1 if one.key in kept else times[one.key] for one in samples if times[one.key]}
+
+
+def test_what_is_damaged_is_told_of_in_each_epoch(damaged: Set) -> None:
+    shard = damaged.manifest.shards_of(["train"])[0]
+    key = change(damaged.folder / shard.file, "jpg|png", b"no picture")
+    agree(damaged.folder)
+    shards = Set(damaged.folder, load_manifest(damaged.folder))
+    batches = list(training_stream(shards, steps=6, damaged="skip", shuffle_window=1))  # one step of 6 in 10 samples
+    told = [message for batch in batches for message in batch.damaged]
+    assert len(told) > 1 and len(set(told)) == 1 and key in told[0]
+    assert key not in {read for batch in batches for read in batch.keys}
 
 
 def test_a_stream_gives_the_same_twice_and_another_seed_another(tiny: Set, expected: list[list[Any]]) -> None:
