@@ -163,12 +163,12 @@ def test_the_reason_names_a_folder_that_others_can_write_to(nltk_places, small_w
 
 def test_the_reason_names_damage(nltk_places, debian_files, tmp_path):
     build_corpus(debian_files, tmp_path / "corpora" / "wordnet")
-    (tmp_path / "corpora" / "wordnet" / "index.sense").unlink()
+    (tmp_path / "corpora" / "wordnet" / "lexnames").unlink()
     for path in [tmp_path, *tmp_path.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     use_nltk_data(tmp_path)
     assert "cannot read its WordNet" in str(meteor_unavailable_reason())
-    assert "index.sense" in str(meteor_unavailable_reason())
+    assert "lexnames" in str(meteor_unavailable_reason())
 
 
 @pytest.mark.slow

@@ -78,10 +78,12 @@ def evidence(class_map: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def coverage(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.float64]:
     """The share of each of the (h, w) positions' pixels that lies inside."""
-    rows, columns = (np.arange(side) * cells // side for side, cells in zip(mask.shape, shape))
-    cells = rows[:, None] * shape[1] + columns[None, :]
-    inside = np.bincount(cells.ravel(), weights=mask.ravel(), minlength=math.prod(shape))
-    return (inside / np.maximum(np.bincount(cells.ravel(), minlength=math.prod(shape)), 1)).reshape(shape)
+    pixels = [
+        (np.arange(side) * cells // side == np.arange(cells)[:, None]).astype(np.float64)  # of each row, each column
+        for side, cells in zip(mask.shape, shape)
+    ]
+    counts = np.outer(pixels[0].sum(1), pixels[1].sum(1))
+    return pixels[0] @ mask @ pixels[1].T / np.maximum(counts, 1)
 
 
 def mean_localization(images: Iterable[Mapping[str, Localization]]) -> dict[str, float]:

@@ -103,9 +103,14 @@ def _open_wordnet() -> _CachedWordNet:
     Raises:
         NoWordNet: there is none, or NLTK refuses it.
     """
-    from nltk.corpus import wordnet
-    from nltk.corpus.reader.wordnet import WordNetError
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
+    from nltk.corpus.util import LazyCorpusLoader
 
+    class English(WordNetCorpusReader):
+        def map_wn(self, version: str = "wordnet") -> None:
+            """Numbers by which other languages' synonyms are found: more than half of the seconds of opening it."""
+
+    wordnet = LazyCorpusLoader("wordnet", English, None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
