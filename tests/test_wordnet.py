@@ -91,6 +91,10 @@ def only_in_the_folder(folder: Path, or_elsewhere: bool = False) -> bool:
 
 
 def forget_wordnet() -> None:
+    if meteor._open_wordnet.cache_info().currsize:
+        reader = meteor._open_wordnet().synsets.__wrapped__.__self__
+        for file in reader._data_file_map.values():  # open for as long as a program runs
+            file.close()
     meteor._open_wordnet.cache_clear()
     if type(nltk_wordnet).__name__ != "LazyCorpusLoader":
         nltk_wordnet._unload()
