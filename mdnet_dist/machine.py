@@ -1,4 +1,4 @@
-"""What this machine gives to a job: a port, its GPUs. Nothing heavy is imported by whoever only asks."""
+"""What this machine gives to a job: a port, its GPUs, memory. Nothing heavy is imported by whoever only asks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import ctypes
 import errno
 import random
+import re
+import resource
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 PORTS = range(20_000, 30_000)
 """Above what Ray gives to its workers, below what Linux, macOS and Windows give to outgoing connections."""
@@ -40,6 +43,18 @@ def count_gpus() -> int:
     program = "from mdnet_dist.distributed import gpus_here; print(gpus_here())"
     counted = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     return int(counted.stdout.split()[-1])
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had at once.
+
+    On Linux not `ru_maxrss`, which begins with what the process that started this one had then.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h

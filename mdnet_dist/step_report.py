@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mdnet_dist.distributed import world_size
+from mdnet_dist.machine import peak_memory_bytes
 
 MEASURED = ("loss_m", "loss_l", "squared_norm_m", "squared_norm_l", "stops", "eta", "moved")
 
@@ -108,5 +107,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory used so far: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_memory_bytes() / 2**30

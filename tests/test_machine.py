@@ -1,16 +1,19 @@
-"""Ports of jobs that start side by side."""
+"""Ports of jobs that start side by side, and the memory of one that a larger process started."""
 
 from __future__ import annotations
 
 import errno
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mdnet_dist import machine
-from mdnet_dist.machine import PORTS, free_port
+from mdnet_dist.machine import PORTS, free_port, peak_memory_bytes
 
 
 def test_no_outgoing_connection_gets_the_port_of_a_job_that_starts() -> None:
@@ -44,3 +47,12 @@ def test_jobs_that_start_at_once_differ_and_experiments_stay_as_they_are() -> No
     ports = {free_port() for _ in range(50)}
     assert random.getstate() == before
     assert len(ports) > 40
+
+
+def test_peak_memory_is_a_process_own() -> None:
+    before = peak_memory_bytes()
+    held = np.ones(1 << 27, dtype=np.uint8)
+    assert peak_memory_bytes() >= before and peak_memory_bytes() > held.nbytes
+    program = "from mdnet_dist.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    started = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert 1 << 20 < int(started.stdout) < held.nbytes

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import runpy
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from mdnet_dist.benchmark.subject import Subject
 from mdnet_dist.benchmark.timing import Spread, wait_for
 from mdnet_dist.config import RunConfig
 from mdnet_dist.config_file import as_yaml
+from mdnet_dist.machine import peak_memory_bytes
 
 HELP_SECONDS = 1.0
 SHARE = 0.1
@@ -347,7 +347,7 @@ def _memory_now(device: torch.device) -> int:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory_bytes()
 
 
 def _main(begun: str, found: str, config: str) -> None:
