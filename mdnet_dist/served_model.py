@@ -31,7 +31,7 @@ from mdnet_dist.mlflow_store import quieten
 
 PACKAGE = Path(__file__).resolve().parent
 CODE = PACKAGE / "served_code.py"
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch")
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """What `CODE` and the files that it needs import."""
 
 

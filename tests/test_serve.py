@@ -97,7 +97,7 @@ def test_the_folder_holds_what_is_needed_and_nothing_of_this_machine(saved: Path
 def test_all_that_the_code_imports_is_required(saved: Path) -> None:
     import ast
 
-    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    names = {"PIL": "pillow"}
     required = {
         line.partition("==")[0] for line in (saved / "mlflow_model" / "requirements.txt").read_text().splitlines()
     }
