@@ -260,7 +260,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 def test_a_broken_python_version_is_named(tmp_path: Path, break_it: Callable[[Path], None], named: list[str]) -> None:
     write_python_10(tmp_path / "source", random_arrays(ten_files(), 10))
     break_it(tmp_path / "source")
-    refuse(tmp_path, named)
+    assert not lacking(named, refusal(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -288,13 +288,13 @@ def test_a_broken_folder_is_named(tmp_path: Path, lines: list[str], named: list[
         (source / name).write_bytes(encode_jpeg(Image.new("RGB", (32, 32), "red" if name == "a.jpg" else "blue")))
     (source / "c.jpg").write_text("no image")
     (source / "labels.csv").write_text("\n".join(lines))
-    refuse(tmp_path, named)
+    assert not lacking(named, refusal(tmp_path))
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
-    refuse(tmp_path, ["source", "no such folder"])
+    assert not lacking(["source", "no such folder"], refusal(tmp_path))
     (tmp_path / "source").mkdir()
-    refuse(tmp_path, ["source", "not CIFAR", "labels.csv"])
+    assert not lacking(["source", "not CIFAR", "labels.csv"], refusal(tmp_path))
     write_binary_10(tmp_path / "ten", random_arrays(ten_files(), 10))
     with pytest.raises(InputError, match="only CIFAR-100 has coarse labels"):
         import_cifar(tmp_path / "ten", tmp_path / "set", labels="coarse")
@@ -303,11 +303,17 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
         import_cifar(tmp_path / "ten", tmp_path / "set")
 
 
-def refuse(tmp_path: Path, named: list[str]) -> None:
+def refusal(tmp_path: Path) -> str:
+    """What the import says instead of making a set."""
     with pytest.raises(InputError) as refused:
         import_cifar(tmp_path / "source", tmp_path / "set")
-    assert all(name in str(refused.value) for name in named), refused.value
     assert not (tmp_path / "set").exists()
+    return str(refused.value)
+
+
+def lacking(named: list[str], message: str) -> list[str]:
+    """What a message should name and does not."""
+    return [name for name in named if name not in message]
 
 
 # ------------------------------------------------------------------------------------------------------ hostile pickles
