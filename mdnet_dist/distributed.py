@@ -47,6 +47,12 @@ def prepare_environment() -> None:
         )
 
 
+def outside_of_a_job() -> dict[str, str]:
+    """The environment without what makes this process a rank: a program started here is a job of its own."""
+    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in of_a_rank}
+
+
 def local_device() -> torch.device:
     """The device of this rank: its own GPU where there are GPUs, else the CPU."""
     if not torch.cuda.is_available():

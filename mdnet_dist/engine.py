@@ -118,8 +118,7 @@ class Engine:
         if device.type == "cuda" and ranks > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.device = device
-        bf16 = on_first(lambda: computes_in_bf16(config.train.precision, device))
-        self.autocast_dtype = torch.bfloat16 if bf16 else None
+        self.bf16 = on_first(lambda: computes_in_bf16(config.train.precision, device))
         self._zero_stage = config.train.zero_stage
         self.optimizer = PartOptimizer(
             {name: part.parameters() for name, part in network.parts().items()}, config.optimizer
@@ -135,7 +134,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=network,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, ranks, bf16=bf16),
+                config=deepspeed_config(config, ranks, bf16=self.bf16),
                 dist_init_required=False,
             )
         self._gathered = deepspeed.zero.GatheredParameters
@@ -193,7 +192,7 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[MDNet]:
-        """The network in evaluation mode, its weights whole on every rank. Collective.
+        """The network in evaluation mode and training's arithmetic, its weights whole on every rank. Collective.
 
         Ranks may use it as often as each likes. At stage 3 it is a copy for that: DeepSpeed's own fetches weights from
         the other ranks whenever a module runs, and takes them away after it.
@@ -204,18 +203,12 @@ class Engine:
             network = self._plain.to(self.device)
         network.eval()
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 yield network
         finally:
             network.train()
             if self._plain is not None:
                 self._plain.cpu()
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic that training uses."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def _whole_weights(self) -> contextlib.AbstractContextManager[Any]:
         if self._zero_stage < 3:

@@ -10,7 +10,6 @@ OUT/explained/           a page on each of the best and the worst few images, an
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -88,7 +87,7 @@ def evaluate_run(request: Request) -> Result:
         f"on {world_size()} {device.type.upper()} rank{'s' if world_size() > 1 else ''}"
     )
     bf16 = computes_in_bf16(config.train.precision, device)  # the arithmetic that training validates with
-    with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         evaluation = evaluate(
             network,
             card,

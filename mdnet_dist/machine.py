@@ -45,7 +45,7 @@ def count_gpus() -> int:
     return int(counted.stdout.split()[-1])
 
 
-def peak_memory_bytes() -> int:
+def peak_resident_bytes() -> int:
     """The most memory that this process has had at once.
 
     On Linux not `ru_maxrss`, which begins with what the process that started this one had then.

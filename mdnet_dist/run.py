@@ -147,7 +147,7 @@ def _opening(trainer: Trainer) -> str:
         f"network   {cost.weights:,} weights, {as_flops(cost.flops)} an image, {_image_model(config)}",
         f"training  {trainer.steps} steps of {config.train.global_batch} images on {world_size()} "
         f"{trainer.device.type.upper()} rank{'s' if world_size() > 1 else ''}, ZeRO {config.train.zero_stage}, "
-        f"{'bf16' if trainer.engine.autocast_dtype else 'fp32'}",
+        f"{'bf16' if trainer.engine.bf16 else 'fp32'}",
     ]
     if left_over := data.samples % config.train.global_batch:
         lines.append(f"          {left_over} of the images sit out each epoch, others the next")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdnet_dist.distributed import world_size
-from mdnet_dist.machine import peak_memory_bytes
+from mdnet_dist.machine import peak_resident_bytes
 
 MEASURED = ("loss_m", "loss_l", "squared_norm_m", "squared_norm_l", "stops", "eta", "moved")
 
@@ -103,8 +103,6 @@ def as_text(measured: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory used so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return peak_memory_bytes() / 2**30
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()

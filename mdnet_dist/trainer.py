@@ -55,7 +55,7 @@ from mdnet_dist.run_folder import alone_in, existing_run_folder, new_run_folder,
 from mdnet_dist.schedules import beta_at, eta_at
 from mdnet_dist.signals import StopRequest
 from mdnet_dist.step_log import BAD_STEPS, DAMAGED, SAMPLES, StepLog
-from mdnet_dist.step_report import Launched, Pace, StepReport, as_text, peak_memory_gib, to_host
+from mdnet_dist.step_report import Launched, Pace, StepReport, as_text, peak_memory_bytes, to_host
 from mdnet_dist.storage import place_of_set
 from mdnet_dist.tracking import Tracker
 from mdnet_dist.watch import Watch, is_killed_loader, is_lost_peer
@@ -210,10 +210,10 @@ class Trainer:
 
         stop = torch.tensor([float(self._stop is not None and self._stop.received)], device=self.device)
         totals = sum_over_ranks(torch.cat([sums, self.network.blend.squared_norms, stop, change]))
-        measured, change = totals[: -len(change)], totals[-len(change) :] / ranks
+        measured, change = totals.split([len(totals) - len(change), len(change)])
         finite = measured[:4].isfinite().all()
         moved = self.engine.micro_batch_done(finite)
-        self.engine.set_running_statistics(torch.where(moved, before + change, before))
+        self.engine.set_running_statistics(torch.where(moved, before + change / ranks, before))
         self.eta.update(torch.where(finite, measured[2:4].double().sqrt() / ranks, math.nan))
         self.step += 1
         self.epoch_end_due = self.step % self.data.steps_per_epoch == 0
@@ -381,7 +381,7 @@ class Trainer:
             "train/skipped_steps": float(report.step - self.updates),
             "speed/images_per_second": images_per_second,
             "speed/data_wait_share": wait_share,
-            "speed/peak_memory_gib": peak_memory_gib(self.device),
+            "speed/peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
             **{f"lr/{name}": rate for name, rate in report.rates.items()},
             **({"data/damaged": float(self._damage.damaged)} if self.config.data.damaged == "skip" else {}),
         }

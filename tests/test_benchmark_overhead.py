@@ -137,8 +137,7 @@ def test_a_real_run_is_watched_from_start_to_end(tmp_path: Path) -> None:
 
 def test_a_program_started_by_a_rank_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """After another suite this process is a rank, and holds the port that it was given."""
-    from mdnet_dist.benchmark.overhead_suite import outside_of_a_job
-    from mdnet_dist.distributed import prepare_environment
+    from mdnet_dist.distributed import outside_of_a_job, prepare_environment
 
     before = outside_of_a_job()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mdnet_dist import machine
-from mdnet_dist.machine import PORTS, free_port, peak_memory_bytes
+from mdnet_dist.machine import PORTS, free_port, peak_resident_bytes
 
 
 def test_no_outgoing_connection_gets_the_port_of_a_job_that_starts() -> None:
@@ -50,9 +50,9 @@ def test_jobs_that_start_at_once_differ_and_experiments_stay_as_they_are() -> No
 
 
 def test_peak_memory_is_a_process_own() -> None:
-    before = peak_memory_bytes()
+    before = peak_resident_bytes()
     held = np.ones(1 << 27, dtype=np.uint8)
-    assert peak_memory_bytes() >= before and peak_memory_bytes() > held.nbytes
-    program = "from mdnet_dist.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    assert peak_resident_bytes() >= before and peak_resident_bytes() > held.nbytes
+    program = "from mdnet_dist.machine import peak_resident_bytes; print(peak_resident_bytes())"
     started = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     assert 1 << 20 < int(started.stdout) < held.nbytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 
 from mdnet_dist.checkpoint import checkpoints, load_checkpoint
 from mdnet_dist.config_file import as_yaml, load_config
+from mdnet_dist.distributed import outside_of_a_job
 from mdnet_dist.export import load_model
 from mdnet_dist.machine import free_port
 from mdnet_dist.tracking_files import read_metrics
@@ -60,7 +60,8 @@ def run(*command: object, environment: dict[str, str] | None = None) -> subproce
 
 def _environment() -> dict[str, str]:
     # One thread a process: two ranks on two cores, and the same sums whatever machine this is.
-    return dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MLFLOW_DISABLE_TELEMETRY="true")
+    # A rank's port, where another test has made this process one, is not for the programs that it starts.
+    return dict(outside_of_a_job(), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MLFLOW_DISABLE_TELEMETRY="true")
 
 
 def the_one_line(finished: subprocess.CompletedProcess[str], code: int = 2) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import runpy
 import statistics
 import subprocess
@@ -32,7 +31,8 @@ from mdnet_dist.benchmark.subject import Subject
 from mdnet_dist.benchmark.timing import Spread, wait_for
 from mdnet_dist.config import RunConfig
 from mdnet_dist.config_file import as_yaml
-from mdnet_dist.machine import peak_memory_bytes
+from mdnet_dist.distributed import outside_of_a_job
+from mdnet_dist.step_report import peak_memory_bytes
 
 HELP_SECONDS = 1.0
 SHARE = 0.1
@@ -261,12 +261,6 @@ def watch_run(config: RunConfig, epochs: int) -> Watched:
     return Watched(laps=[Lap(**lap) for lap in told["laps"]], memory=Memory(**told["memory"]), seconds=seconds)
 
 
-def outside_of_a_job() -> dict[str, str]:
-    """The environment without what makes this process a rank: a program started here is a job of its own."""
-    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in of_a_rank}
-
-
 def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
@@ -306,7 +300,7 @@ class Stopwatches:
             if number == 0:
                 wait_for(trainer.device)
             if number == WARM_STEPS - 1:
-                self._peak = _peak_memory(trainer.device)
+                self._peak = peak_memory_bytes(trainer.device)
             return launched
         held = {tensor.untyped_storage().data_ptr() for tensor in trainer.network.state_dict(keep_vars=True).values()}
         saved: dict[int, int] = {}
@@ -342,12 +336,6 @@ def _memory_now(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory_bytes()
 
 
 def _main(begun: str, found: str, config: str) -> None:
